@@ -1,0 +1,1 @@
+"""The reference service: log-probs of the frozen initial model."""

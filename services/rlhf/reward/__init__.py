@@ -1,0 +1,1 @@
+"""The reward service: scores from a reward model or from a rule."""

@@ -1,0 +1,1 @@
+"""The rollout worker: prompt in, scored rollout out."""

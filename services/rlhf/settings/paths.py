@@ -1,0 +1,127 @@
+"""The run folder: where each stage leaves its result and finds the one before. One run, one folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Places in `runs/<name>/`. Stages take these where their section names no other place."""
+
+    folder: Path
+
+    @property
+    def settings(self) -> Path:
+        """The settings as the run was started with them (JSON)."""
+        return self.folder / "settings.json"
+
+    @property
+    def texts(self) -> Path:
+        """JSONL of `{"text"}` for pretraining."""
+        return self.folder / "data" / "texts.jsonl"
+
+    @property
+    def heldout_texts(self) -> Path:
+        """JSONL of `{"text"}` for perplexity."""
+        return self.folder / "data" / "heldout_texts.jsonl"
+
+    @property
+    def prompts(self) -> Path:
+        """JSONL of `{"prompt", …}` for sampling and PPO."""
+        return self.folder / "data" / "prompts.jsonl"
+
+    @property
+    def heldout_prompts(self) -> Path:
+        """JSONL of `{"prompt", …}` that only evaluation sees."""
+        return self.folder / "data" / "heldout_prompts.jsonl"
+
+    @property
+    def labelled(self) -> Path:
+        """JSONL of `{"text", "label"}` from which the judge is fitted."""
+        return self.folder / "data" / "labelled.jsonl"
+
+    @property
+    def pretrained(self) -> Path:
+        """Step 1: a `from_pretrained` folder with its tokenizer."""
+        return self.folder / "pretrained"
+
+    @property
+    def sft(self) -> Path:
+        """Step 1: the model fine-tuned on demonstrations."""
+        return self.folder / "sft"
+
+    @property
+    def samples(self) -> Path:
+        """Step 2: JSONL, one prompt with K completions a row."""
+        return self.folder / "samples.jsonl"
+
+    @property
+    def comparisons(self) -> Path:
+        """Step 2: JSONL, one annotator's ranking of one prompt's completions a row."""
+        return self.folder / "comparisons.jsonl"
+
+    @property
+    def reward_model(self) -> Path:
+        """Step 2: a `from_pretrained` folder of a sequence classifier with one label."""
+        return self.folder / "reward-model"
+
+    @property
+    def weights(self) -> Path:
+        """Step 3: published versions, one folder `<epoch>-<step>` each."""
+        return self.folder / "weights"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Step 3: the trainer's checkpoints, one folder `<step>` each."""
+        return self.folder / "checkpoints"
+
+    @property
+    def policy(self) -> Path:
+        """Step 3: the finished policy, a `from_pretrained` folder with its tokenizer."""
+        return self.folder / "policy"
+
+    @property
+    def metrics(self) -> Path:
+        """Step 3: JSONL, one optimisation step a row."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def sample_tables(self) -> Path:
+        """Step 3: completions with their scores, one JSONL file every few steps."""
+        return self.folder / "samples"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.folder / "tensorboard"
+
+    @property
+    def logs(self) -> Path:
+        """One file per process."""
+        return self.folder / "logs"
+
+    @property
+    def redis(self) -> Path:
+        """The embedded Redis: its data, and `address.json` while it runs."""
+        return self.folder / "redis"
+
+    @property
+    def stages(self) -> Path:
+        """One JSON file per finished stage: what it measured, how long it took, and the settings it ran with."""
+        return self.folder / "stages"
+
+    @property
+    def evaluation(self) -> Path:
+        """JSON: before and after on the held-out prompts."""
+        return self.folder / "evaluation.json"
+
+    @property
+    def summary(self) -> Path:
+        """JSON: the figures of the table that `run` ends with."""
+        return self.folder / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        """HTML with plots and samples."""
+        return self.folder / "report.html"

@@ -1,0 +1,36 @@
+"""Settings of a run as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from rlhf.settings import Section
+
+Stage = Literal["world", "pretrain", "sft", "sample", "rank", "reward-model", "ppo", "evaluate", "report"]
+
+
+class RunSettings(Section):
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Name of the run: letters, digits, '.', '_', '-'. It names the folder, the Redis keys and the weight versions."""
+    folder: Path = Path("runs")
+    """Folder of all runs."""
+    stages: tuple[Stage, ...] = ("pretrain", "sample", "rank", "reward-model", "ppo", "evaluate", "report")
+    """What `rlhf run` does, in this order."""
+    policies: PositiveInt = 1
+    """Policy services that the supervisor starts."""
+    workers: PositiveInt = 1
+    """Rollout workers that the supervisor starts."""
+    start_timeout_s: PositiveFloat = 120.0
+    """A process that is not ready by then has failed."""
+    stop_timeout_s: PositiveFloat = 8.0
+    """Seconds between SIGTERM and SIGKILL when everything stops."""
+    max_restarts: PositiveInt = 5
+    """Restarts of one process within `restart_window_s` before the supervisor gives up and names its log."""
+    restart_window_s: PositiveFloat = 120.0
+    """See `max_restarts`."""
+    min_judge_gain: float | None = None
+    """The run fails unless the judge's mean score rose by at least this, with its 95 % interval above 0. None: no such
+    condition."""

@@ -1,0 +1,1 @@
+"""Typed records of what travels, and their protobuf form."""

@@ -1,0 +1,1 @@
+"""Prompts, texts, pairs and comparisons from files; the synthetic world of the demo."""

@@ -1,0 +1,1 @@
+"""Checks that everything is in place before a run."""

@@ -1,0 +1,31 @@
+"""Settings of evaluation and report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from rlhf.settings import Compute
+
+
+class EvaluateSettings(Compute):
+    before: Path | None = None
+    """Folder of the initial policy. None: the run's sft/ or pretrained/."""
+    after: Path | None = None
+    """Folder of the improved policy. None: the run's policy/."""
+    reward_model: Path | None = None
+    """Folder of the reward model. None, and no rule: the run's reward-model/."""
+    reward_rule: str = ""
+    """A rule instead of a reward model, as `module:function`."""
+    prompts: Path | None = None
+    """Held-out prompts. None: the run's data/heldout_prompts.jsonl."""
+    limit: PositiveInt = 256
+    """Prompts taken from the start of the file."""
+    judge: str = ""
+    """Rule `module:function`, or JSONL of {"text", "label"} (positive or negative) from which a classifier is fitted.
+    Empty: the run's data/labelled.jsonl."""
+    pairs: NonNegativeInt = 3
+    """Before/after pairs printed."""
+    seed: NonNegativeInt = 1000
+    """Seed of sampling: before and after use the same."""

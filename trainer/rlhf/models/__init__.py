@@ -1,0 +1,1 @@
+"""Loading and saving models, tokenizers and training states; the scalar head."""

@@ -1,0 +1,120 @@
+"""Settings of step 3."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from rlhf.settings import Compute, Section
+
+
+class PpoSettings(Compute):
+    model: Path | None = None
+    """Folder of the causal language model to improve. None: the run's sft/ or pretrained/."""
+    prompts: Path | None = None
+    """JSONL or Parquet of prompts. None: the run's data/prompts.jsonl."""
+    out: Path | None = None
+    """Folder of the finished policy. None: the run's policy/."""
+    steps: PositiveInt = 40
+    """Optimisation steps: batches of rollouts."""
+    batch_prompts: PositiveInt = 64
+    """Prompts per step."""
+    completions: PositiveInt = 1
+    """Completions per prompt."""
+    epochs: PositiveInt = 4
+    """Passes over each batch."""
+    minibatches: PositiveInt = 1
+    """Minibatches per pass, one optimiser step each."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Padded tokens in one forward and backward pass."""
+    max_staleness: NonNegativeInt = 0
+    """How many optimisation steps old the weights behind a rollout may be. 0: strictly on-policy; more lets generation
+    overlap training."""
+    lr: PositiveFloat = 3e-4
+    """Policy's learning rate."""
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """`linear` falls to 0 over `steps`."""
+    adam_epsilon: PositiveFloat = 1e-5
+    """Adam's epsilon, for policy and critic."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this norm, policy and critic apart."""
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """Discount per token."""
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """GAE's lambda."""
+    clip_range: PositiveFloat = 0.2
+    """Ratio clip."""
+    value_clip_range: PositiveFloat = 0.2
+    """Value clip around the old value."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Entropy bonus."""
+    whiten_advantages: bool = True
+    """Advantages to mean 0 and variance 1 over the batch's response tokens."""
+    whiten_rewards: bool = False
+    """Rewards to variance 1, mean kept, over the batch's response tokens."""
+    old_logprobs: Literal["recompute", "service"] = "recompute"
+    """Denominator of the ratio: the trainer's own log-probs before the update (ratio exactly 1 at first), or the policy
+    service's."""
+    missing_eos_penalty: float | None = None
+    """A completion that ended without an end token gets this: with `missing_eos = "subtract"` taken off its score, with
+    "replace" instead of its score. None: nothing."""
+    missing_eos: Literal["subtract", "replace"] = "subtract"
+    """How `missing_eos_penalty` acts."""
+    score_clip: PositiveFloat | None = None
+    """Scores are clipped to ± this. None: not."""
+    seed: NonNegativeInt = 0
+    """Seed of prompt order, sampling and minibatches."""
+    checkpoint_every: PositiveInt = 10
+    """Steps between checkpoints; rollouts are acknowledged when the checkpoint that holds their effect is durable."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints kept."""
+    keep_weights: PositiveInt = 3
+    """Newest published versions kept, beside any that a replica or a checkpoint holds."""
+    sample_every: PositiveInt = 5
+    """Steps between sample tables."""
+    rollout_timeout_s: PositiveFloat = 600.0
+    """A step waits this long for a rollout before the trainer gives up and says what it waits for."""
+    publish_timeout_s: PositiveFloat = 60.0
+    """Deadline for a replica to prepare or commit weights."""
+    max_prompt_attempts: PositiveInt = 3
+    """Times a prompt is issued before it is given up and the next one takes its place."""
+    consumer: str = "trainer-0"
+    """Stable name in the consumer group."""
+    token_file: Path | None = None
+    """File with the token that policy replicas ask for."""
+    tls_ca: Path | None = None
+    """PEM file with the authority that signed the replicas' certificates; set: connections use TLS."""
+
+
+class CriticSettings(Section):
+    kind: Literal["separate", "shared"] = "separate"
+    """A model of its own, or a second head on the policy's trunk."""
+    init_from: Literal["reward-model", "policy"] = "reward-model"
+    """What a separate critic starts from: the reward model with its head, or the policy's trunk with a head of zeros."""
+    model: Path | None = None
+    """Folder of the reward model to start from. None: the run's reward-model/."""
+    lr: PositiveFloat = 5e-4
+    """Learning rate of a separate critic."""
+    coef: PositiveFloat = 0.1
+    """Weight of the value loss where the trunk is shared."""
+
+
+class KlSettings(Section):
+    coef: float = Field(default=0.1, ge=0)
+    """Coefficient of the KL penalty, at the start where it adapts."""
+    adaptive: bool = False
+    """Steer the coefficient towards `target` (Ziegler et al. 2019, section 2.2)."""
+    target: PositiveFloat = 6.0
+    """Target of the adaptive controller: nats per sequence."""
+    horizon: PositiveFloat = 10000.0
+    """Horizon of the adaptive controller: completions."""
+    estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
+    """Per-token estimate of KL(policy ‖ reference) that is subtracted from the reward."""
+
+    @model_validator(mode="after")
+    def _adaptive_needs_a_start(self) -> KlSettings:
+        if self.adaptive and self.coef == 0:
+            raise ValueError("adaptive multiplies the coefficient, so coef must be above 0")
+        return self

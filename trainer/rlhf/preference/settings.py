@@ -1,0 +1,54 @@
+"""Settings of step 2: simulated annotators and the reward model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+
+from rlhf.settings import Compute, Optimisation, Section
+
+
+class RankSettings(Section):
+    samples: Path | None = None
+    """JSONL that `rlhf sample` wrote. None: the run's samples.jsonl."""
+    out: Path | None = None
+    """JSONL to write, one judgment a row. None: the run's comparisons.jsonl."""
+    utility: str = "rlhf.data.world:annotators_taste"
+    """What the annotators care about, as `module:function` with a reward rule's signature."""
+    reliabilities: tuple[float, ...] = (0.95, 0.85, 0.7)
+    """One annotator each: the probability of ordering two completions as the utility does, averaged over the pairs."""
+    judgments_per_prompt: PositiveInt = 1
+    """Annotators who rank each prompt's completions, drawn at random."""
+    tie_margin: float = Field(default=0.0, ge=0)
+    """Completions whose perceived utilities differ by no more than this are ranked equal."""
+    seed: NonNegativeInt = 0
+    """Seed of who ranks what, and of their errors."""
+
+    @field_validator("reliabilities")
+    @classmethod
+    def _at_least_chance(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or any(not 0.5 <= r <= 1 for r in value):
+            raise ValueError("needs at least one number, each from 0.5 (guesses) to 1 (never errs)")
+        return value
+
+
+class RewardModelSettings(Compute, Optimisation):
+    comparisons: Path | None = None
+    """JSONL of judgments. None: the run's comparisons.jsonl."""
+    init_from: Path | None = None
+    """Causal language model whose trunk the reward model starts from. None: the run's sft/ or pretrained/."""
+    out: Path | None = None
+    """Folder to write. None: the run's reward-model/."""
+    lr: float = Field(default=3e-4, gt=0)
+    """Peak learning rate."""
+    prompts_per_batch: PositiveInt = 16
+    """Judgments per micro-batch, each with all pairs of its completions."""
+    epochs: PositiveInt = 1
+    """Passes over the judgments; more than one overfits rankings quickly."""
+    max_length: PositiveInt = 512
+    """Tokens of prompt and completion at most; longer items are refused with their line."""
+    heldout_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the prompts kept for accuracy and calibration; a prompt's judgments stay together."""
+    seed: NonNegativeInt = 0
+    """Seed of head, split and order."""
