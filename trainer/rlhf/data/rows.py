@@ -1,0 +1,243 @@
+"""Rows of data files: JSON Lines (also gzipped), Parquet, folders of these, and Hugging Face datasets.
+
+A row that cannot be used is a `DataError` that names the file and the line; nothing is skipped in silence. What the
+fields mean is up to the readers of prompts, samples and judgments.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NoReturn, cast
+
+from rlhf.errors import DataError, StorageError
+
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+_DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]*){0,2}")
+_READ_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row and where it came from."""
+
+    fields: dict[str, Any]
+    path: str
+    """File, or name of the dataset."""
+    line: int
+    """1-based line of a JSON Lines file, 1-based row of a Parquet file or dataset."""
+
+    def error(self, message: str) -> DataError:
+        return DataError(message, path=self.path, line=self.line)
+
+    def require(self, name: str, kind: type | tuple[type, ...], description: str) -> Any:
+        """The field, or DataError if it is missing or of another type. A bool is no number here."""
+        if name not in self.fields:
+            raise self.error(f'field "{name}" is missing; the row has {_listed(self.fields)}')
+        value = self.fields[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise self.error(f'field "{name}" must be {description}, not {_short(value)}')
+        return value
+
+    def text(self, name: str) -> str:
+        """A string field that holds more than white space.
+
+        Raises:
+            DataError: missing, not a string, blank, or with half a surrogate pair, which no UTF-8 file can hold.
+        """
+        value = cast(str, self.require(name, str, "a string"))
+        if not value.strip():
+            raise self.error(f'field "{name}" is empty')
+        return self.encodable(name, value)
+
+    def encodable(self, name: str, value: str) -> str:
+        """The string as it is, or DataError if it has half a surrogate pair."""
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise self.error(f'field "{name}" has half a surrogate pair (\\ud800 to \\udfff)') from error
+        return value
+
+
+def read_rows(source: str | Path) -> Iterator[Row]:
+    """Rows of a file, of all files in a folder in order of name, or of a Hugging Face dataset.
+
+    Args:
+        source: `*.jsonl`, `*.jsonl.gz`, `*.parquet`, a folder of these, a folder that `datasets` can load, or the name
+            of a dataset as "name", "name:config" or "name:config:split" (split "train" where none is named).
+
+    Raises:
+        DataError: no such source, no rows in it, or a row that is no JSON object; names file and line.
+    """
+    row = None
+    for row in _rows_of(source):
+        yield row
+    if row is None:
+        raise DataError("holds no rows", path=source)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Writes JSON Lines through a temporary file, so that a reader sees the old file or the whole new one.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        StorageError: the disk is full, or the folder cannot be written; a file that was there stays as it was.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}") from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            count = _write_lines(file, rows)
+        os.replace(name, path)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}; what was there is unchanged") from error
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+    return count
+
+
+def _write_lines(file: IO[str], rows: Iterable[Mapping[str, Any]]) -> int:
+    count = 0
+    for row in rows:
+        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        count += 1
+    file.flush()
+    os.fsync(file.fileno())
+    return count
+
+
+def _rows_of(source: str | Path) -> Iterator[Row]:
+    path = Path(source)
+    if path.is_file():
+        return _file_rows(path)
+    if path.is_dir():
+        return _folder_rows(path)
+    name = str(source)
+    if isinstance(source, str) and not name.endswith(_SUFFIXES) and _DATASET_NAME.fullmatch(name):
+        return _dataset_rows(name)
+    raise DataError("no such file or folder", path=source)
+
+
+def _file_rows(path: Path) -> Iterator[Row]:
+    if path.name.endswith(".parquet"):
+        return _parquet_rows(path)
+    if path.name.endswith(".jsonl.gz"):
+        return _gzip_rows(path)
+    if path.name.endswith(".jsonl"):
+        return _plain_rows(path)
+    raise DataError(f"is none of {', '.join(_SUFFIXES)}", path=path)
+
+
+def _folder_rows(folder: Path) -> Iterator[Row]:
+    files = sorted(path for path in folder.iterdir() if path.name.endswith(_SUFFIXES) and path.is_file())
+    if not files:
+        yield from _dataset_rows(str(folder))
+    for path in files:
+        yield from _file_rows(path)
+
+
+def _plain_rows(path: Path) -> Iterator[Row]:
+    try:
+        with path.open("rb") as file:
+            yield from _json_rows(file, path)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", path=path) from error
+
+
+def _gzip_rows(path: Path) -> Iterator[Row]:
+    try:
+        with gzip.open(path, "rb") as file:
+            yield from _json_rows(file, path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"is not a whole gzip file: {error}", path=path) from error
+
+
+def _json_rows(file: Iterable[bytes], path: Path) -> Iterator[Row]:
+    for number, line in enumerate(file, start=1):
+        # Editors on Windows put a byte order mark in front of the first line.
+        raw = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        yield Row(_parse_line(raw, path, number), str(path), number)
+
+
+def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    """One line as an object. NaN and Infinity are no JSON, though Python's parser takes them."""
+    if not line.strip():
+        raise DataError("the line is empty", path=path, line=number)
+    try:
+        value = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise DataError(f"byte {error.start + 1} of the line is not UTF-8", path=path, line=number) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"malformed JSON: {error}", path=path, line=number) from error
+    if not isinstance(value, dict):
+        raise DataError(f"a JSON object is expected, not {_short(value)}", path=path, line=number)
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_READ_AT_ONCE):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Row(fields, str(path), number)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        # Arrow decodes strings when a batch becomes Python objects, so text that is not UTF-8 shows only here.
+        raise DataError(f"cannot be read as Parquet after row {number}: {_one_line(error)}", path=path) from error
+
+
+def _dataset_rows(name: str) -> Iterator[Row]:
+    for number, fields in enumerate(_load_dataset(name), start=1):
+        yield Row(dict(fields), name, number)
+
+
+def _load_dataset(name: str) -> Iterable[Mapping[str, Any]]:
+    import datasets
+
+    target, config, split = (name, "", "") if Path(name).is_dir() else (*name.split(":"), "", "")[:3]
+    try:
+        if Path(target, "state.json").is_file() or Path(target, "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(target)
+            loaded = loaded[split or "train"] if isinstance(loaded, datasets.DatasetDict) else loaded
+        else:
+            loaded = datasets.load_dataset(target, config or None, split=split or "train")
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"neither a file here nor a dataset that can be loaded: {_one_line(error)}", path=name
+        ) from error
+    return cast(Iterable[Mapping[str, Any]], loaded)
+
+
+def _listed(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f'"{name}"' for name in fields) or "no fields"
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
