@@ -1,55 +1,50 @@
-"""Twins of real models: random, a few thousand parameters, with a tokenizer of single bytes. Built offline."""
+"""Tiny random models in ordinary folders: what every test uses where a person has a real model."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-END = "<|end|>"
-PAD = "<|pad|>"
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+from rlhf.models.causal import new_causal_lm, save_model
+from rlhf.models.reward import RewardModel
+from rlhf.models.tokenizer import train_tokenizer
+from rlhf.sft.settings import PretrainSettings
 
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte is a token, then the end token (256) and the padding token (257): no text is out of vocabulary."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+TEXTS = ("A fine film with a slow start.", "The plot was dull, the music good.", "I liked it!", "Avoid this one.")
 
 
-def tiny_lm(
-    seed: int = 0, *, hidden: int = 32, layers: int = 2, heads: int = 4, context: int = 128, vocab: int = 258
-) -> LlamaForCausalLM:
-    """A random Llama in eval mode. The weights are spread wide enough that its distribution is far from uniform."""
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2),
-        max_position_embeddings=context,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=256,
-        pad_token_id=257,
+@functools.cache
+def tiny_tokenizer(vocab_size: int = 280) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with its own end and pad token; treat it as read-only."""
+    return train_tokenizer(TEXTS * 3, vocab_size)
+
+
+def tiny_lm(architecture: str = "llama", seed: int = 0, context: int = 64) -> PreTrainedModel:
+    """Hidden 16, two layers, in eval mode. Its logits are spread wider than a fresh model's, so samples differ."""
+    settings = PretrainSettings(
+        architecture=architecture, hidden_size=16, layers=2, heads=2, context=context, sequence_length=16, seed=seed
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config).eval()
+    model = new_causal_lm(settings, tiny_tokenizer())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5.0)
+    return model.eval()
 
 
-def tiny_lm_folder(tmp_path: Path, seed: int = 0, *, name: str = "model", **sizes: int) -> Path:
-    """A `from_pretrained` folder of `tiny_lm(seed, **sizes)` with the byte tokenizer, at tmp_path/name."""
-    folder = tmp_path / name
-    tiny_lm(seed, **sizes).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+def tiny_lm_folder(folder: Path, architecture: str = "llama", seed: int = 0, context: int = 64) -> Path:
+    """A `from_pretrained` folder of `tiny_lm` with its tokenizer."""
+    save_model(tiny_lm(architecture, seed, context), tiny_tokenizer(), folder)
+    return folder
+
+
+def tiny_reward_folder(folder: Path, seed: int = 0, mean: float = 0.25, std: float = 0.5) -> Path:
+    """A reward model's folder over the trunk of `tiny_lm`."""
+    start = tiny_lm_folder(folder.with_name(f"{folder.name}-start"), seed=seed)
+    model = RewardModel.new(start, seed=seed)
+    model.mean, model.std = mean, std
+    model.save(folder, tiny_tokenizer())
     return folder

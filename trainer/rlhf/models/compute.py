@@ -1,0 +1,39 @@
+"""Device, number format and threads of a process, from a `Compute` section."""
+
+from __future__ import annotations
+
+import torch
+
+from rlhf.errors import SettingsError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """
+    Raises:
+        SettingsError: not one of float32, bfloat16, float16.
+    """
+    if name not in _DTYPES:
+        raise SettingsError(f"dtype: one of {', '.join(_DTYPES)} expected, {name!r} received")
+    return _DTYPES[name]
+
+
+def torch_device(name: str) -> torch.device:
+    """
+    Raises:
+        SettingsError: no such kind of device, or this machine has none.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"device: {name!r} cannot be used on this machine ({reason}); set it to cpu") from error
+    return device
+
+
+def set_threads(threads: int) -> None:
+    """CPU threads of torch in this process; 0 leaves torch's own choice."""
+    if threads > 0:
+        torch.set_num_threads(threads)

@@ -1,0 +1,178 @@
+"""The reward model: a transformers sequence classifier with one label, and how its scores are normalised.
+
+The folder is an ordinary `AutoModelForSequenceClassification` folder with `reward_model.json` beside it. Plain
+transformers gives the same raw scores, except where it takes a text's own tokens for padding: it compares ids, this
+module reads the mask.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.errors import ModelError
+from rlhf.models.causal import load_causal_lm
+from rlhf.models.folders import read_json, replacing_folder, write_json
+from rlhf.models.pretrained import load_pretrained
+
+FACTS_FILE = "reward_model.json"
+
+
+class RewardModel(nn.Module):
+    """Scores sequences: (raw - mean) / std, with mean and std of a frozen reference set.
+
+    `facts` is the rest of reward_model.json: hashes of the reference set and the comparisons, figures.
+    """
+
+    def __init__(self, classifier: PreTrainedModel, mean: float = 0.0, std: float = 1.0) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.mean = mean
+        self.std = std
+        self.facts: dict[str, Any] = {}
+        self._takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
+
+    @classmethod
+    def new(cls, causal_folder: str | Path, *, seed: int = 0, device: str = "cpu", dtype: str = "float32") -> Self:
+        """The language model's trunk under a new head ~ N(0, 1/(d + 1)) without bias.
+
+        Source of the head's scale: lm-human-preferences, `utils/core.py`, as in Ziegler et al. 2019.
+
+        Raises:
+            ModelError: the folder holds no causal language model, or one of a family without a sequence classifier.
+        """
+        causal = load_causal_lm(causal_folder, device=device, dtype=dtype)
+        classifier = _classifier_over(causal, Path(causal_folder))
+        head = _head_of(classifier, Path(causal_folder))
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1)
+        with torch.no_grad():
+            head.weight.copy_(weight)
+        classifier.eval()  # type: ignore[no-untyped-call]
+        return cls(classifier)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str = "cpu", dtype: str = "float32") -> Self:
+        """
+        Raises:
+            ModelError: missing, truncated, no sequence classifier with one label, or without its normalisation.
+        """
+        folder = Path(folder)
+        classifier = load_pretrained(AutoModelForSequenceClassification, "sequence classifier", folder, device, dtype)
+        _head_of(classifier, folder)
+        if not (folder / FACTS_FILE).is_file():
+            raise ModelError(
+                f"{folder}: has no {FACTS_FILE}, which says how scores are normalised; for a classifier of your own "
+                'write {"mean": 0, "std": 1} into it, or what its scores on completions of the initial policy have'
+            )
+        facts = read_json(folder / FACTS_FILE)
+        mean, std = _normalisation(facts, folder)
+        model = cls(classifier, mean, std)
+        model.facts = {name: value for name, value in facts.items() if name not in ("mean", "std")}
+        return model
+
+    def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """
+        Raises:
+            StorageError: the disk is full or the folder cannot be written; the old folder stays.
+        """
+        self.classifier.config.pad_token_id = tokenizer.pad_token_id
+        with replacing_folder(Path(folder)) as temporary:
+            self.classifier.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            write_json(temporary / FACTS_FILE, {"mean": self.mean, "std": self.std, **self.facts})
+
+    @property
+    def trunk(self) -> PreTrainedModel:
+        """Everything below the head."""
+        return self.classifier.base_model  # type: ignore[return-value]
+
+    @property
+    def head(self) -> nn.Linear:
+        """[1, H], no bias."""
+        return self.classifier.score  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def normalise(self, raw_scores: Tensor) -> None:
+        """Sets mean and std so that these raw scores, of the frozen reference set, become mean 0 and std 1.
+
+        Raises:
+            ModelError: they hardly differ, so dividing by their spread would only magnify noise.
+        """
+        mean, std = float(raw_scores.double().mean()), float(raw_scores.double().std())
+        if not std >= 1e-3:
+            raise ModelError(f"the reward model scores its whole reference set alike (standard deviation {std:.2g})")
+        self.mean, self.std = mean, std
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Normalised scores.
+
+        Args:
+            input_ids: [B, T] int64, padded on either side.
+            attention_mask: [B, T] bool, True = a token of the sequence.
+
+        Returns:
+            [B] float32.
+        """
+        return (self.raw_scores(input_ids, attention_mask) - self.mean) / self.std
+
+    def raw_scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B] float32: the head's output at each sequence's last token, before normalisation."""
+        hidden = self._hidden(input_ids, attention_mask)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (attention_mask * positions).amax(1)
+        return self._apply_head(hidden[torch.arange(len(last), device=last.device), last])
+
+    def token_values(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, T] float32: the head's raw output at every token; meaningless where the mask is False."""
+        return self._apply_head(self._hidden(input_ids, attention_mask))
+
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        # From the mask, so that padding on the left shifts nothing.
+        positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
+        extra = {"position_ids": positions} if self._takes_positions else {}
+        output = self.trunk(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False, **extra)
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def _apply_head(self, hidden: Tensor) -> Tensor:
+        """In float32 under any autocast: differences of scores are the quantity that matters."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.head.weight.float()).squeeze(-1)
+
+
+def _classifier_over(causal: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    config = causal.config
+    config.num_labels = 1
+    try:
+        classifier = AutoModelForSequenceClassification.from_config(config, dtype=causal.dtype)  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        raise ModelError(f"{folder}: transformers has no sequence classifier for {config.model_type}") from error
+    setattr(classifier, classifier.base_model_prefix, causal.base_model)
+    return classifier.to(causal.device)  # type: ignore[no-any-return]
+
+
+def _head_of(classifier: PreTrainedModel, folder: Path) -> nn.Linear:
+    head = getattr(classifier, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1 or head.bias is not None:
+        raise ModelError(f"{folder}: a sequence classifier with one label and a head `score` without bias is needed")
+    return head
+
+
+def _normalisation(facts: Mapping[str, Any], folder: Path) -> tuple[float, float]:
+    try:
+        mean, std = float(facts["mean"]), float(facts["std"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{folder / FACTS_FILE}: numbers `mean` and `std` expected") from error
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise ModelError(f"{folder / FACTS_FILE}: finite mean and std > 0 expected, {mean} and {std} received")
+    return mean, std

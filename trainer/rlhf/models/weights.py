@@ -1,0 +1,147 @@
+"""What the trainer publishes and the policy service loads: one safetensors file and a manifest that vouches for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlhf.errors import ModelError
+from rlhf.models.folders import read_json, replacing_folder, sha256_file, write_json
+from rlhf.wire.records import WeightVersion
+
+WEIGHTS_FILE = "model.safetensors"
+MANIFEST_FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    version: WeightVersion
+    size_bytes: int
+    """Of model.safetensors."""
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    """Name -> dtype (torch's name) and shape."""
+    tokenizer_sha256: str
+    parent: WeightVersion | None
+    """The version these weights were trained from. None: the first of a run."""
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name, not copied; of tied ones only the first."""
+    seen: set[int] = set()
+    weights = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            weights[name] = tensor.detach()
+    return weights
+
+
+def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies in place, so optimiser and tied modules keep their tensors. Nothing is changed if anything does not fit.
+
+    Raises:
+        ModelError: a name is missing or unknown, or a shape differs.
+    """
+    own = named_weights(model)
+    odd = sorted(own.keys() ^ tensors.keys())
+    if odd:
+        raise ModelError(f"the weights do not fit the model: {_first(odd)} on one side only")
+    wrong = [name for name in own if own[name].shape != tensors[name].shape]
+    if wrong:
+        expected, received = tuple(own[wrong[0]].shape), tuple(tensors[wrong[0]].shape)
+        raise ModelError(f"the weights do not fit the model: {wrong[0]} has shape {received}, {expected} expected")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def write_weights(
+    folder: str | Path,
+    model: nn.Module,
+    *,
+    run_id: str,
+    epoch: int,
+    step: int,
+    tokenizer_sha256: str,
+    parent: WeightVersion | None = None,
+) -> WeightVersion:
+    """Writes model.safetensors and manifest.json; the folder appears complete or not at all.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in named_weights(model).items()}
+    with replacing_folder(Path(folder)) as temporary:
+        file = temporary / WEIGHTS_FILE
+        save_file(tensors, file, metadata={"format": "pt"})
+        version = WeightVersion(run_id, epoch, step, sha256_file(file))
+        shapes = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()}
+        manifest = Manifest(version, file.stat().st_size, shapes, tokenizer_sha256, parent)
+        write_json(temporary / MANIFEST_FILE, asdict(manifest))
+    return version
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """
+    Raises:
+        ModelError: missing, or not what `write_weights` writes.
+    """
+    path = Path(folder) / MANIFEST_FILE
+    content = read_json(path)
+    try:
+        return Manifest(
+            version=WeightVersion(**content["version"]),
+            size_bytes=int(content["size_bytes"]),
+            tensors={name: (str(dtype), tuple(shape)) for name, (dtype, shape) in content["tensors"].items()},
+            tokenizer_sha256=str(content["tokenizer_sha256"]),
+            parent=None if content["parent"] is None else WeightVersion(**content["parent"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path} is no manifest of weights: {error!r}") from error
+
+
+def load_weights(folder: str | Path, version: WeightVersion) -> dict[str, Tensor]:
+    """Reads the tensors to the CPU after verifying size and hash.
+
+    Raises:
+        ModelError: the folder holds another version, or bytes that are not the manifest's.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest.version != version:
+        raise ModelError(f"{folder}: holds weights {manifest.version}, not {version}")
+    verify_file(folder / WEIGHTS_FILE, manifest.size_bytes, version.sha256)
+    try:
+        return load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder / WEIGHTS_FILE} cannot be read: {error}") from error
+
+
+def verify_file(path: Path, size_bytes: int, sha256: str) -> None:
+    """
+    Raises:
+        ModelError: missing, of another size, or with another hash.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path} is missing")
+    size = path.stat().st_size
+    if size != size_bytes:
+        raise ModelError(f"{path} has {size} bytes where {size_bytes} were written; it was cut short or replaced")
+    if sha256_file(path) != sha256:
+        raise ModelError(f"{path} was altered: its sha256 is not the one it was written with")
+
+
+def _first(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def to_json(version: WeightVersion) -> dict[str, Any]:
+    """For manifests and checkpoints; `WeightVersion(**value)` reads it back."""
+    return asdict(version)
