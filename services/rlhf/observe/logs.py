@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
+from typing import TextIO
 
 FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s {service} %(message)s"
 QUIET = ("filelock", "fsspec", "httpx", "matplotlib", "PIL", "urllib3")
@@ -21,14 +23,26 @@ class OneLine(logging.Formatter):
         return super().formatMessage(record)
 
 
-def configure_logging(service: str, level: int = logging.INFO) -> None:
-    """Sends the records of this process to stderr as `time level service message`. Calling it again replaces the name.
+class Stderr(logging.StreamHandler[TextIO]):
+    """Writes to whatever sys.stderr is at the time, so that lines appear above a progress bar and not inside it."""
 
-    Use `logging.getLogger(__name__)` to write them.
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def configure_logging(service: str, level: int = logging.INFO, file: Path | None = None) -> None:
+    """Sends the records of this process to stderr as `time level service message`. Calling it again starts anew.
+
+    Use `logging.getLogger(__name__)` to write them. `file` gets a copy, after what it already holds.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(OneLine(FORMAT.format(service=service.replace("%", "%%")), datefmt="%Y-%m-%d %H:%M:%S"))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    handlers: list[logging.Handler] = [Stderr()]
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(OneLine(FORMAT.format(service=service.replace("%", "%%")), datefmt="%Y-%m-%d %H:%M:%S"))
+    logging.basicConfig(level=level, handlers=handlers, force=True)
     logging.captureWarnings(True)
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)

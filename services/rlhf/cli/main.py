@@ -1,0 +1,99 @@
+"""The `rlhf` command: arguments to settings, a verb's module run with them, errors as one sentence.
+
+    rlhf VERB [--config FILE]… [--set section.field=value]… [--run NAME] [--FIELD VALUE]…
+
+torch and transformers are imported by the verbs' modules, after the arguments are understood.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.cli.arguments import Arguments, parse
+from rlhf.cli.records import note_end, note_start
+from rlhf.cli.verbs import BY_NAME, Verb
+from rlhf.errors import RlhfError
+from rlhf.observe.logs import configure_logging
+from rlhf.settings.loader import load_settings
+from rlhf.settings.run import Settings
+
+DEMO = Path(__file__).parent.parent / "supervisor" / "demo.toml"
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, the error's own (see `rlhf.errors`), or 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    log: Path | None = None
+    name = f" {argv[0]}" if argv and argv[0] in BY_NAME else ""
+    try:
+        arguments = parse(argv)
+        configure_logging(arguments.verb.name)
+        settings = _settings(arguments)
+        if arguments.verb.kind == "stage":
+            log = settings.paths.logs / f"{arguments.verb.name}.log"
+        configure_logging(_service(arguments.verb, settings), file=log)
+        _run(arguments, settings)
+    except RlhfError as error:
+        _tell(f"rlhf{name}: {error}", log)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _tell(f"rlhf{name}: interrupted", log)
+        return INTERRUPTED
+    except Exception:
+        _tell(traceback.format_exc().rstrip(), log)
+        return 1
+    return 0
+
+
+def _settings(arguments: Arguments) -> Settings:
+    files = [DEMO] if arguments.verb.name == "demo" else []
+    return load_settings(
+        files=[*files, *arguments.files],
+        environment=os.environ,
+        overrides=arguments.overrides,
+        flags=arguments.flags,
+    )
+
+
+def _run(arguments: Arguments, settings: Settings) -> None:
+    run = importlib.import_module(arguments.verb.module).run
+    if arguments.verb.kind == "run":
+        run(settings, fresh=arguments.fresh)
+    elif arguments.verb.kind == "stage":
+        _run_stage(arguments.verb, settings, run)
+    else:
+        run(settings)
+
+
+def _run_stage(verb: Verb, settings: Settings, run: Any) -> None:
+    started_s = time.monotonic()
+    note_start(verb, settings)
+    figures: Mapping[str, Any] = run(settings) or {}
+    record = note_end(verb, settings, figures, time.monotonic() - started_s)
+    logging.getLogger(__name__).info("done in %.1f s", record.seconds)
+
+
+def _service(verb: Verb, settings: Settings) -> str:
+    """The name in the log lines; replicas go by their own."""
+    return {"policy": settings.policy.name, "rollouts": settings.rollouts.consumer}.get(verb.name, verb.name)
+
+
+def _tell(message: str, log: Path | None) -> None:
+    """On stderr and, where the stage has one, in its log."""
+    print(message, file=sys.stderr, flush=True)
+    if log is not None and log.exists():
+        with log.open("a", encoding="utf-8") as file:
+            print(message, file=file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Every verb of the `rlhf` command: where it lives, which settings are its options, and what decides its result.
+
+Only names and text, so that `rlhf --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Verb:
+    """`rlhf NAME`."""
+
+    name: str
+    module: str
+    """Has `run(settings) -> figures or None`; imported after the arguments are parsed."""
+    kind: Literal["stage", "service", "run", "look"]
+    """`stage`: ends with figures, which are kept; `service`: runs until stopped; `run`: starts the others; `look`: only
+    reads."""
+    help: str
+    section: str = ""
+    """The section whose fields are options of this verb."""
+    reads: tuple[str, ...] = ()
+    """Other sections that matter to it, set with `--set`."""
+    decided_by: tuple[str, ...] = ()
+    """Beside `section`, the sections (`kl`) and fields (`reward.rule`) on which a stage's result depends: `rlhf run`
+    repeats a stage when one of them has changed."""
+
+
+VERBS: tuple[Verb, ...] = (
+    Verb("demo", "rlhf.supervisor.pipeline", "run", "all three steps in a small synthetic world", "run"),
+    Verb("run", "rlhf.supervisor.pipeline", "run", "all stages of CONFIG under a local supervisor", "run"),
+    Verb("world", "rlhf.data.world", "stage", "write the demo's synthetic texts and prompts", "world"),
+    Verb("pretrain", "rlhf.sft.pretrain", "stage", "step 1: train a language model on texts", "pretrain"),
+    Verb("sft", "rlhf.sft.finetune", "stage", "step 1: fine-tune on demonstrations", "sft"),
+    Verb(
+        "sample",
+        "rlhf.policy.sample",
+        "stage",
+        "step 2: sample K completions of each prompt",
+        "sample",
+        ("sampling",),
+        ("sampling",),
+    ),
+    Verb("rank", "rlhf.preference.rank", "stage", "step 2: simulated annotators rank completions", "rank"),
+    Verb(
+        "reward-model", "rlhf.preference.train", "stage", "step 2: train a reward model on comparisons", "reward_model"
+    ),
+    Verb("policy", "rlhf.policy.server", "service", "gRPC service: generate completions", "policy", ("redis",)),
+    Verb("reward", "rlhf.reward.server", "service", "gRPC service: score completions", "reward"),
+    Verb("reference", "rlhf.reference.server", "service", "gRPC service: the initial model's log-probs", "reference"),
+    Verb(
+        "rollouts",
+        "rlhf.rollouts.worker",
+        "service",
+        "worker: prompts to policy, reward and reference to rollouts",
+        "rollouts",
+        ("redis", "sampling"),
+    ),
+    Verb(
+        "ppo",
+        "rlhf.ppo.loop",
+        "stage",
+        "step 3: the trainer",
+        "ppo",
+        ("critic", "kl", "sampling", "redis"),
+        (
+            *("critic", "kl", "sampling", "policy.model", "policy.in_flight"),
+            *("reward.model", "reward.rule", "reference.model"),
+        ),
+    ),
+    Verb("audit", "rlhf.ppo.audit", "look", "account for every rollout of a run", "ppo", ("redis",)),
+    Verb(
+        "evaluate",
+        "rlhf.evaluate.compare",
+        "stage",
+        "compare the policy before and after",
+        "evaluate",
+        ("sampling",),
+        ("sampling",),
+    ),
+    Verb("report", "rlhf.evaluate.report", "stage", "HTML page with plots and samples", "evaluate"),
+    Verb("status", "rlhf.observe.status", "look", "what a run is doing, and what waits for what", "run", ("redis",)),
+    Verb(
+        "doctor",
+        "rlhf.doctor.checks",
+        "look",
+        "check that everything a run needs is in place",
+        "run",
+        ("redis", "rollouts", "policy", "reward", "reference"),
+    ),
+)
+BY_NAME = {verb.name: verb for verb in VERBS}
