@@ -6,7 +6,6 @@ import json
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -16,20 +15,13 @@ from rlhf.data.grammar import OPENINGS, Review, review
 from rlhf.data.settings import WorldSettings
 from rlhf.data.world import TOPIC_OF_NOUN, WORD_VALUES, annotators_taste, run
 from rlhf.errors import SettingsError
+from rlhf.reward.rules import ScoreItem
 from rlhf.settings.run import Settings
 from rlhf.supervisor.settings import RunSettings
 
 
-@dataclass(frozen=True)
-class Item:
-    completion: str
-    prompt: str = ""
-    tokens: tuple[int, ...] = ()
-    metadata: dict[str, str] = field(default_factory=dict)
-
-
 def taste(text: str) -> float:
-    return annotators_taste([Item(text)])[0]  # type: ignore[list-item]
+    return annotators_taste([ScoreItem("", text)])[0]
 
 
 def settings(folder: Path, **world: int) -> Settings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from rlhf.settings import Compute, Optimisation, Section
 
@@ -31,6 +31,12 @@ class RankSettings(Section):
         if not value or any(not 0.5 <= r <= 1 for r in value):
             raise ValueError("needs at least one number, each from 0.5 (guesses) to 1 (never errs)")
         return value
+
+    @model_validator(mode="after")
+    def _enough_annotators(self) -> RankSettings:
+        if self.judgments_per_prompt > len(self.reliabilities):
+            raise ValueError("judgments_per_prompt must not exceed the annotators in reliabilities; nobody ranks twice")
+        return self
 
 
 class RewardModelSettings(Compute, Optimisation):

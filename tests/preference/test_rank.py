@@ -1,0 +1,137 @@
+"""`rlhf rank` from a file of samples to a file of judgments."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from rlhf.data.judgments import read_judgments
+from rlhf.data.samples import Sampled, SampledCompletion, write_samples
+from rlhf.errors import DataError
+from rlhf.preference.rank import run
+from rlhf.preference.settings import RankSettings
+from rlhf.reward.rules import ScoreItem
+from rlhf.settings.run import Settings
+from rlhf.supervisor.settings import RunSettings
+from rlhf.wire.records import FinishReason, Sampling, WeightVersion
+
+
+def by_number(items: Sequence[ScoreItem]) -> list[float]:
+    """A utility that is written in the completion, and sees prompt, tokens and metadata of its own item."""
+    assert all(item.prompt.split()[1] == item.metadata["row"] and item.tokens == (1, 2) for item in items)
+    return [float(item.completion) for item in items]
+
+
+def all_alike(items: Sequence[ScoreItem]) -> list[float]:
+    return [1.0] * len(items)
+
+
+RULES = Path(__file__)
+
+
+def sampled(index: int, texts: Sequence[str]) -> Sampled:
+    completions = tuple(SampledCompletion(text, (1, 2), (-1.0, -1.0), FinishReason.EOS, 0) for text in texts)
+    version = WeightVersion("run", 0, 0, "f" * 64)
+    return Sampled(index, f"prompt {index}", {"row": str(index)}, completions, Sampling(), version)
+
+
+def settings(folder: Path, prompts: int = 300, **rank: Any) -> Settings:
+    rng = np.random.default_rng(5)
+    chosen = Settings(run=RunSettings(folder=folder), rank=RankSettings(**{"utility": f"{RULES}:by_number"} | rank))
+    rows = [sampled(index, [f"{value:.4f}" for value in rng.normal(size=4)]) for index in range(prompts)]
+    write_samples(chosen.paths.samples, rows)
+    return chosen
+
+
+def test_judgments_carry_what_was_ranked(tmp_path: Path) -> None:
+    chosen = settings(tmp_path, reliabilities=(1.0,))
+    figures = run(chosen)
+    judgments = read_judgments(chosen.paths.comparisons)
+    assert [judgment.prompt_index for judgment in judgments] == list(range(300))
+    for judgment in judgments:
+        best_first = sorted(range(4), key=lambda k: -float(judgment.completions[k]))
+        assert [judgment.ranks[k] for k in best_first] == [1, 2, 3, 4]
+        assert judgment.metadata == {"row": str(judgment.prompt_index)}
+        assert judgment.policy_version == "run/0-0/ffffffff"
+    assert figures == {
+        "judgments": 300,
+        "prompts": 300,
+        "pairs": 1800,
+        "ties": 0,
+        "agreement": None,
+        "reliability": {"simulated-0": 1.0},
+    }
+
+
+def test_realised_reliabilities_and_agreement_are_near_the_stated_ones(tmp_path: Path) -> None:
+    figures = run(settings(tmp_path, prompts=1500, reliabilities=(0.95, 0.85, 0.7), judgments_per_prompt=3))
+    reliability = figures["reliability"]
+    stated = {"simulated-0": 0.95, "simulated-1": 0.85, "simulated-2": 0.7}
+    assert reliability == pytest.approx(stated, abs=0.02)
+    # Errors of two annotators fall on the same close pairs, so they agree a little more than independent ones would.
+    independent = np.mean([p * q + (1 - p) * (1 - q) for p, q in ((0.95, 0.85), (0.95, 0.7), (0.85, 0.7))])
+    assert independent < figures["agreement"] < independent + 0.06
+    assert figures["judgments"] == 4500
+
+
+def test_each_prompt_gets_different_annotators_and_all_get_their_share(tmp_path: Path) -> None:
+    chosen = settings(tmp_path, judgments_per_prompt=2)
+    run(chosen)
+    judgments = read_judgments(chosen.paths.comparisons)
+    assert len({(j.prompt_index, j.annotator) for j in judgments}) == len(judgments) == 600
+    assert len({judgment.judgment_id for judgment in judgments}) == 600
+    assert all(150 < count < 250 for count in Counter(j.annotator for j in judgments).values())
+
+
+def test_the_order_shown_is_shuffled(tmp_path: Path) -> None:
+    chosen = settings(tmp_path)
+    run(chosen)
+    orders = Counter(judgment.order_shown for judgment in read_judgments(chosen.paths.comparisons))
+    assert len(orders) == 24
+
+
+def test_the_seed_decides(tmp_path: Path) -> None:
+    files = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        chosen = settings(tmp_path / name, seed=seed)
+        run(chosen)
+        files.append(chosen.paths.comparisons.read_bytes())
+    assert files[0] == files[1] != files[2]
+
+
+def test_ties_are_counted(tmp_path: Path) -> None:
+    chosen = settings(tmp_path, tie_margin=0.5, reliabilities=(1.0,))
+    figures = run(chosen)
+    tied = sum(
+        j.ranks[a] == j.ranks[b] for j in read_judgments(chosen.paths.comparisons) for a in range(4) for b in range(a)
+    )
+    assert figures["ties"] == tied > 0
+    assert figures["reliability"]["simulated-0"] == 1.0
+
+
+def test_nothing_to_rank_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="all completions of each prompt the same utility"):
+        run(settings(tmp_path, utility=f"{RULES}:all_alike"))
+    single = settings(tmp_path)
+    write_samples(single.paths.samples, [sampled(0, ["1"])])
+    with pytest.raises(DataError, match="a single completion"):
+        run(single)
+
+
+def test_nobody_ranks_a_prompt_twice() -> None:
+    with pytest.raises(ValidationError, match="nobody ranks twice"):
+        RankSettings(reliabilities=(0.9, 0.8), judgments_per_prompt=3)
+
+
+def test_the_worlds_taste_is_a_utility(tmp_path: Path) -> None:
+    chosen = settings(tmp_path, utility="rlhf.data.world:annotators_taste", reliabilities=(1.0,))
+    texts = [" was awful.", " was brilliant."]
+    write_samples(chosen.paths.samples, [sampled(0, texts)])
+    run(chosen)
+    assert read_judgments(chosen.paths.comparisons)[0].ranks == (2, 1)

@@ -1,0 +1,127 @@
+"""`rlhf rank`: simulated annotators rank sampled completions. For people there is the annotation page instead."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from rlhf.data.judgments import Judgment, write_judgments
+from rlhf.data.samples import Sampled, read_samples
+from rlhf.errors import DataError
+from rlhf.preference.annotators import Annotator, Utilities, noise_scale_for, pair_differences, ranks_of
+from rlhf.preference.settings import RankSettings
+from rlhf.reward.rules import Rule, ScoreItem, load_rule
+from rlhf.settings.run import Settings
+
+_log = logging.getLogger(__name__)
+
+
+def run(settings: Settings) -> Mapping[str, Any]:
+    """Ranks every prompt's completions, writes the judgments and returns their figures.
+
+    Raises:
+        DataError: no samples, a prompt with a single completion, or completions that the utility cannot tell apart.
+        RuleError: the utility cannot be loaded, or answers nonsense.
+    """
+    rank = settings.rank
+    source = rank.samples or settings.paths.samples
+    samples = read_samples(source)
+    if any(len(sampled.completions) < 2 for sampled in samples):
+        raise DataError(
+            "has a prompt with a single completion, which cannot be ranked; sample two or more", path=source
+        )
+    utilities = utilities_of(load_rule(rank.utility), samples)
+    differences = pair_differences(utilities)
+    if not len(differences):
+        raise DataError(f"{rank.utility} gives all completions of each prompt the same utility", path=source)
+    annotators = [
+        Annotator(f"simulated-{number}", noise_scale_for(reliability, differences))
+        for number, reliability in enumerate(rank.reliabilities)
+    ]
+    judgments = list(judge_all(samples, utilities, annotators, rank))
+    out = rank.out or settings.paths.comparisons
+    write_judgments(out, judgments)
+    _log.info("wrote %d judgments to %s", len(judgments), out)
+    return figures(judgments, samples, utilities)
+
+
+def utilities_of(rule: Rule, samples: Sequence[Sampled]) -> list[Utilities]:
+    """[K] per prompt."""
+    items = [
+        ScoreItem(sampled.prompt, completion.text, completion.token_ids, sampled.metadata)
+        for sampled in samples
+        for completion in sampled.completions
+    ]
+    scores = np.asarray(rule.score(items), dtype=np.float64)
+    ends = np.cumsum([len(sampled.completions) for sampled in samples])
+    return np.split(scores, ends[:-1])
+
+
+def judge_all(
+    samples: Sequence[Sampled], utilities: Sequence[Utilities], annotators: Sequence[Annotator], rank: RankSettings
+) -> Iterator[Judgment]:
+    rng = np.random.default_rng(rank.seed)
+    for sampled, true in zip(samples, utilities, strict=True):
+        drawn = rng.choice(len(annotators), size=rank.judgments_per_prompt, replace=False)
+        for number in sorted(drawn):
+            yield _judge(sampled, true, annotators[number], rank.tie_margin, rng)
+
+
+def figures(
+    judgments: Sequence[Judgment], samples: Sequence[Sampled], utilities: Sequence[Utilities]
+) -> dict[str, Any]:
+    """Numbers of judgments and pairs, agreement between annotators, and each one's reliability as it came out.
+
+    `agreement` is the share of the pairs that two annotators of a prompt both ordered and ordered alike; None where no
+    prompt has two. `reliability` is the share of an annotator's ordered pairs that it ordered as the utility does.
+    """
+    utilities_at = {sampled.prompt_index: true for sampled, true in zip(samples, utilities, strict=True)}
+    orders = [_orders(np.negative(judgment.ranks)) for judgment in judgments]
+    right: dict[str, list[bool]] = defaultdict(list)
+    of_prompt: dict[int, list[dict[tuple[int, int], bool]]] = defaultdict(list)
+    for judgment, order in zip(judgments, orders, strict=True):
+        right[judgment.annotator] += _alike(order, _orders(utilities_at[judgment.prompt_index]))
+        of_prompt[judgment.prompt_index].append(order)
+    both = [same for seen in of_prompt.values() for a, b in combinations(seen, 2) for same in _alike(a, b)]
+    pairs = sum(len(judgment.ranks) * (len(judgment.ranks) - 1) // 2 for judgment in judgments)
+    return {
+        "judgments": len(judgments),
+        "prompts": len(of_prompt),
+        "pairs": pairs,
+        "ties": pairs - sum(map(len, orders)),
+        "agreement": float(np.mean(both)) if both else None,
+        "reliability": {name: float(np.mean(seen)) for name, seen in sorted(right.items()) if seen},
+    }
+
+
+def _judge(
+    sampled: Sampled, utilities: Utilities, annotator: Annotator, tie_margin: float, rng: np.random.Generator
+) -> Judgment:
+    texts = tuple(completion.text for completion in sampled.completions)
+    perceived = annotator.perceive(utilities, texts, rng)
+    return Judgment(
+        judgment_id=f"{sampled.prompt_index}/{annotator.name}",
+        prompt_index=sampled.prompt_index,
+        prompt=sampled.prompt,
+        metadata=sampled.metadata,
+        completions=texts,
+        ranks=ranks_of(perceived, tie_margin),
+        annotator=annotator.name,
+        order_shown=tuple(rng.permutation(len(texts)).tolist()),
+        policy_version=str(sampled.version),
+    )
+
+
+def _orders(values: Sequence[float] | Utilities) -> dict[tuple[int, int], bool]:
+    """Whether i is better than j, for all pairs i < j of different value."""
+    pairs = combinations(range(len(values)), 2)
+    return {(i, j): bool(values[i] > values[j]) for i, j in pairs if values[i] != values[j]}
+
+
+def _alike(a: Mapping[tuple[int, int], bool], b: Mapping[tuple[int, int], bool]) -> list[bool]:
+    return [a[pair] == b[pair] for pair in a.keys() & b.keys()]
