@@ -118,7 +118,7 @@ def patiently(
         Unavailable: Redis was away for `timeout_s`, or `stop` was set meanwhile.
         NotAuthorized: the password is missing or wrong, or the user may not run a command.
     """
-    began = said = 0.0
+    began, said = 0.0, float("-inf")
     pause_s = 0.05
     while True:
         try:
@@ -200,7 +200,7 @@ def _password(settings: RedisSettings) -> dict[str, str]:
 def _embedded_url(folder: Path, deadline: float, timeout_s: float) -> str:
     """The address that the supervisor's EmbeddedRedis left, waited for until the deadline."""
     path = folder / "address.json"
-    said = 0.0
+    said = float("-inf")
     while True:
         try:
             return str(json.loads(path.read_text())["url"])

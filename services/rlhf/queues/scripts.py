@@ -31,14 +31,18 @@ return 1
 """
 
 SETTLE = """
--- Acknowledges and deletes entries, counting only those that were pending.
+-- Acknowledges and deletes entries, counting only those that were pending. One that somebody deleted from the stream
+-- may have left the pending entries too (Redis 7 removes it there); its size says that it was never counted.
 -- KEYS  1 stream  2 counts  3 sizes  4 attempts  5 fence
 -- ARGV  1 group  2 fence held or ''  3 counter: acknowledged or lost  4… entry ids
--- Returns how many were pending, or -1 when another owner holds the fence.
+-- Returns how many were counted, or -1 when another owner holds the fence.
 if ARGV[2] ~= '' and redis.call('GET', KEYS[5]) ~= ARGV[2] then return -1 end
+local function vanished(entry)
+  return redis.call('HEXISTS', KEYS[3], entry) == 1 and #redis.call('XRANGE', KEYS[1], entry, entry) == 0
+end
 local settled, bytes = 0, 0
 for i = 4, #ARGV do
-  if redis.call('XACK', KEYS[1], ARGV[1], ARGV[i]) == 1 then
+  if redis.call('XACK', KEYS[1], ARGV[1], ARGV[i]) == 1 or vanished(ARGV[i]) then
     settled = settled + 1
     bytes = bytes + tonumber(redis.call('HGET', KEYS[3], ARGV[i]) or '0')
     redis.call('XDEL', KEYS[1], ARGV[i])
@@ -59,9 +63,12 @@ FAIL = """
 -- KEYS  1 stream  2 counts  3 sizes  4 attempts  5 fence  6 dead
 -- ARGV  1 group  2 fence held or ''  3 consumer  4 entry id  5 reason  6 failures that are too many
 --       7 nonce  8 max dead letters  9 max bytes of dead letters
--- Returns 'RETRY', 'DEAD', 'GONE' when the entry is not pending with this consumer, or 'FENCED'.
+-- Returns 'RETRY', 'DEAD', 'GONE' when the entry is not pending with this consumer, 'VANISHED' when somebody deleted it
+-- from the stream, or 'FENCED'.
 if ARGV[2] ~= '' and redis.call('GET', KEYS[5]) ~= ARGV[2] then return 'FENCED' end
 local stream, group, consumer, entry = KEYS[1], ARGV[1], ARGV[3], ARGV[4]
+local found = redis.call('XRANGE', stream, entry, entry)[1]
+if not found then return redis.call('HEXISTS', KEYS[3], entry) == 1 and 'VANISHED' or 'GONE' end
 local pending = redis.call('XPENDING', stream, group, entry, entry, 1)
 if #pending == 0 or pending[1][2] ~= consumer then return 'GONE' end
 redis.call('XCLAIM', stream, group, consumer, 0, entry, 'JUSTID')
@@ -75,17 +82,12 @@ if nonce ~= ARGV[7] then
 end
 if failures < tonumber(ARGV[6]) then return 'RETRY' end
 
-local found = redis.call('XRANGE', stream, entry, entry)[1]
 local size = tonumber(redis.call('HGET', KEYS[3], entry) or '0')
 redis.call('XACK', stream, group, entry)
 redis.call('XDEL', stream, entry)
 redis.call('HDEL', KEYS[3], entry)
 redis.call('HDEL', KEYS[4], entry)
 redis.call('HINCRBY', KEYS[2], 'bytes', -size)
-if not found then
-  redis.call('HINCRBY', KEYS[2], 'lost', 1)
-  return 'GONE'
-end
 local letter = found[2]
 for _, value in ipairs({'reason', ARGV[5], 'attempts', failures, 'entry', entry, 'size', size}) do
   table.insert(letter, value)

@@ -16,8 +16,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, TypeVar, cast
 
 import redis
@@ -25,105 +23,40 @@ import redis
 from rlhf.errors import RequestError, StageFailed, Unavailable
 from rlhf.queues import scripts
 from rlhf.queues.connection import MAX_BLOCK_S, patiently
+from rlhf.queues.deliveries import (
+    DeadLetter,
+    Delivery,
+    Enqueued,
+    Failed,
+    QueueCounts,
+    QueueDepth,
+    as_dead_letter,
+)
 from rlhf.queues.keys import QueueKeys, RunKeys
+from rlhf.queues.reader import GroupReader, group_is_missing
 from rlhf.queues.settings import RedisSettings
+
+__all__ = [
+    "DeadLetter",
+    "Delivery",
+    "Enqueued",
+    "Failed",
+    "Queue",
+    "QueueCounts",
+    "QueueDepth",
+    "prompts_queue",
+    "rollouts_queue",
+]
 
 log = logging.getLogger(__name__)
 
 MAX_PAYLOAD_BYTES = 256 * 2**20
 """Redis closes the connection on values over 512 MiB; a client that tries again would do so for ever."""
-_START = "0-0"
 _RESERVED = frozenset({"id", "p", "reason", "attempts", "entry", "size"})
 
 T = TypeVar("T")
 ScriptArgument = bytes | str | int
-Entries = Sequence[tuple[bytes | None, Mapping[bytes, bytes] | None]]
-
-
-class Enqueued(Enum):
-    ADDED = scripts.ADDED
-    DUPLICATE = scripts.DUPLICATE
-    """The id was enqueued before, within `redis.dedupe_s`."""
-    FULL = scripts.FULL
-    """At the limit of entries or bytes, or the server's memory is; try again later."""
-
-
-class Failed(Enum):
-    RETRY = "RETRY"
-    """The entry will be delivered again."""
-    DEAD = "DEAD"
-    """The entry is among the dead letters now."""
-    GONE = "GONE"
-    """The entry was no longer this consumer's: acknowledged, dead, or taken by another."""
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """An entry in a consumer's hand."""
-
-    entry_id: str
-    """Redis' id of the stream entry."""
-    item_id: str
-    """The producer's id."""
-    payload: bytes
-    redelivered: bool
-    """Somebody was given it before, and may have worked on it."""
-    consumer: str
-    fields: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class DeadLetter:
-    id: str
-    """Position among the dead letters; rises."""
-    item_id: str
-    reason: str
-    payload: bytes
-    attempts: int
-    """Failures counted; 0 for an entry that was given up at once."""
-
-
-@dataclass(frozen=True)
-class QueueCounts:
-    """Since the run began; added = acknowledged + dead + lost + depth().entries, at any instant."""
-
-    added: int
-    acknowledged: int
-    dead: int
-    lost: int
-    """Entries that vanished from the stream without this program; anything but 0 is a fault of the server's set-up."""
-
-
-@dataclass(frozen=True)
-class QueueDepth:
-    entries: int
-    """Waiting or in hand."""
-    bytes: int
-    """Payload bytes of those."""
-    pending: int
-    """In hand."""
-    oldest_age_s: float
-    """Of the oldest entry; 0 when there is none."""
-    dead: int
-    """Dead letters kept."""
-    counts: QueueCounts
-    """Of the same instant."""
-
-
-@dataclass
-class _Reader:
-    """What this process remembers of one consumer name."""
-
-    in_hand: set[str] = field(default_factory=set)
-    """Delivered to the caller and not settled: not delivered again while the caller lives."""
-    cursor: str | None = _START
-    """Up to where the own pending entries were read again; None: all of them."""
-    reclaim_cursor: str = _START
-    reclaimed_at: float = float("-inf")
-    has_group: bool = False
-
-    def read_again(self) -> None:
-        self.cursor = _START
+Stop = threading.Event | None
 
 
 class Queue:
@@ -139,7 +72,7 @@ class Queue:
         self._client = client
         self._settings = settings
         self._fence = ""
-        self._readers: dict[str, _Reader] = {}
+        self._readers: dict[str, GroupReader] = {}
         self._lock = threading.Lock()
         self._consuming = threading.Lock()
         self._enqueue = client.register_script(scripts.ENQUEUE)
@@ -169,7 +102,7 @@ class Queue:
             log.warning("the server's memory is full, so the %s queue takes nothing now (%s)", self.keys.name, error)
             return Enqueued.FULL
 
-    def consume(self, consumer: str, count: int, block_s: float, stop: threading.Event | None = None) -> list[Delivery]:
+    def consume(self, consumer: str, count: int, block_s: float, stop: Stop = None) -> list[Delivery]:
         """Up to `count` entries, fewer when there are fewer, none when none came within `block_s`.
 
         An entry is delivered once to one Queue object, and again only after `fail` answered RETRY, after `renew` found
@@ -189,7 +122,7 @@ class Queue:
             reader = self._reader(consumer)
             while True:
                 left_s = max(0.0, deadline - time.monotonic())
-                found = self._consume_once(reader, consumer, count, left_s, stop)
+                found = self._consume_once(reader, count, left_s, stop)
                 if found or left_s == 0.0 or (stop is not None and stop.is_set()):
                     return found
 
@@ -224,7 +157,7 @@ class Queue:
     def dead_letters(self, after_id: str = "0-0", count: int = 100) -> list[DeadLetter]:
         """The next dead letters after the one with `after_id`, oldest first."""
         found = self._patiently(lambda: self._client.xrange(self.keys.dead, min=f"({after_id}", count=count))
-        return [_as_dead_letter(entry_id, entry) for entry_id, entry in cast(Any, found)]
+        return [as_dead_letter(entry_id, entry) for entry_id, entry in cast(Any, found)]
 
     def depth(self) -> QueueDepth:
         keys = [self.keys.stream, self.keys.counts, self.keys.dead]
@@ -252,109 +185,18 @@ class Queue:
                 f"{limit}; raise redis.max_mib (to {MAX_PAYLOAD_BYTES // 2**20} at most) or make it smaller"
             )
 
-    def _consume_once(
-        self, reader: _Reader, consumer: str, count: int, left_s: float, stop: threading.Event | None
-    ) -> list[Delivery]:
+    def _consume_once(self, reader: GroupReader, count: int, left_s: float, stop: Stop) -> list[Delivery]:
         block_s = min(left_s, MAX_BLOCK_S)
         try:
-            found = self._patiently(
-                lambda: self._read(reader, consumer, count, block_s), on_error=reader.read_again, stop=stop
-            )
+            return self._patiently(lambda: self._read(reader, count, block_s), on_error=reader.read_again, stop=stop)
         except Unavailable:
             if stop is not None and stop.is_set():
                 return []
             raise
-        with self._lock:
-            reader.in_hand.update(delivery.entry_id for delivery in found)
-        return found
 
-    def _read(self, reader: _Reader, consumer: str, count: int, block_s: float) -> list[Delivery]:
+    def _read(self, reader: GroupReader, count: int, block_s: float) -> list[Delivery]:
         self._check_fence()
-        try:
-            if not reader.has_group:
-                self._make_group(reader)
-            return (
-                self._read_own(reader, consumer, count)
-                or self._reclaim(reader, consumer, count)
-                or self._read_new(reader, consumer, count, block_s)
-            )
-        except redis.ResponseError as error:
-            if not _group_is_missing(error):
-                raise
-            log.warning(
-                "the %s queue has lost its consumer group, as after a loss of the server's data; making it again and "
-                "reading what there is from the beginning",
-                self.keys.name,
-            )
-            reader.has_group = False
-            reader.read_again()
-            return []
-
-    def _make_group(self, reader: _Reader) -> None:
-        try:
-            self._client.xgroup_create(self.keys.stream, self.group, id="0", mkstream=True)
-        except redis.ResponseError as error:
-            if "BUSYGROUP" not in str(error):
-                raise
-        reader.has_group = True
-
-    def _read_own(self, reader: _Reader, consumer: str, count: int) -> list[Delivery]:
-        """Pending entries of this consumer that are not in hand."""
-        while reader.cursor is not None:
-            entries = self._xreadgroup(consumer, reader.cursor, count, None)
-            if not entries:
-                reader.cursor = None
-                break
-            self._drop_vanished(entries)
-            found = self._deliver(reader, consumer, entries, redelivered=True)
-            reader.cursor = cast(bytes, entries[-1][0]).decode()
-            if found:
-                return found
-        return []
-
-    def _reclaim(self, reader: _Reader, consumer: str, count: int) -> list[Delivery]:
-        """Entries that somebody has held too long. Ones in this caller's hand are renewed by it, not delivered."""
-        idle_s = self._settings.reclaim_idle_s
-        if reader.reclaim_cursor == _START and time.monotonic() - reader.reclaimed_at < idle_s / 4:
-            return []
-        reply = cast(
-            Any,
-            self._client.xautoclaim(
-                self.keys.stream, self.group, consumer, round(idle_s * 1000), reader.reclaim_cursor, count
-            ),
-        )
-        entries: Entries = reply[1]
-        vanished = list(reply[2]) if len(reply) > 2 else []  # two parts on 6.2, three from 7.0 on
-        if any(entry_id is None for entry_id, _ in entries):
-            reader.read_again()  # 6.2 gives no id of an entry that vanished; the read of the own ones does
-        if vanished:
-            self._report_vanished([entry_id.decode() for entry_id in vanished])
-        reader.reclaim_cursor = reply[0].decode()
-        reader.reclaimed_at = time.monotonic()
-        return self._deliver(reader, consumer, entries, redelivered=True)
-
-    def _read_new(self, reader: _Reader, consumer: str, count: int, block_s: float) -> list[Delivery]:
-        block_ms = max(1, round(block_s * 1000)) if block_s > 0 else None  # BLOCK 0 would be for ever
-        return self._deliver(reader, consumer, self._xreadgroup(consumer, ">", count, block_ms), redelivered=False)
-
-    def _xreadgroup(self, consumer: str, after: str, count: int, block_ms: int | None) -> Entries:
-        reply = cast(
-            Any, self._client.xreadgroup(self.group, consumer, {self.keys.stream: after}, count=count, block=block_ms)
-        )
-        return cast(Entries, reply[0][1]) if reply else []
-
-    def _deliver(self, reader: _Reader, consumer: str, entries: Entries, *, redelivered: bool) -> list[Delivery]:
-        found = []
-        for entry_id, fields in entries:
-            if entry_id is None or not fields or entry_id.decode() in reader.in_hand:
-                continue
-            found.append(_as_delivery(entry_id.decode(), fields, consumer, redelivered))
-        return found
-
-    def _drop_vanished(self, entries: Entries) -> None:
-        vanished = [entry_id.decode() for entry_id, fields in entries if entry_id is not None and not fields]
-        if vanished:
-            self._report_vanished(vanished)
+        return reader.read(count, block_s)
 
     def _report_vanished(self, entry_ids: list[str]) -> None:
         log.error(
@@ -394,19 +236,21 @@ class Queue:
             secrets.token_hex(8),
         ]
         args += [self._settings.max_dead_letters, self.max_bytes]
-        reply = self._unless_group_is_missing(lambda: self._fail(keys, args), b"GONE").decode()
+        reply = self._unlessgroup_is_missing(lambda: self._fail(keys, args), b"GONE").decode()
         if reply == "FENCED":
             raise self._fenced()
         self._forget([delivery])
+        if reply == "VANISHED":
+            self._report_vanished([delivery.entry_id])
+            return Failed.GONE
         if reply == Failed.RETRY.value:
-            with self._lock:
-                self._reader(delivery.consumer).read_again()
+            self._reader(delivery.consumer).read_again()
         return Failed(reply)
 
     def _renew_as(self, consumer: str, entry_ids: Sequence[str]) -> set[str]:
         args = [self.group, self._fence, consumer, *entry_ids]
         keys = [self.keys.stream, self.keys.fence]
-        kept = self._unless_group_is_missing(lambda: self._renew(keys, args), [])
+        kept = self._unlessgroup_is_missing(lambda: self._renew(keys, args), [])
         if kept == scripts.FENCED:
             raise self._fenced()
         return {entry_id.decode() for entry_id in kept}
@@ -421,20 +265,25 @@ class Queue:
             "see that only one trainer runs for this run"
         )
 
-    def _reader(self, consumer: str) -> _Reader:
-        return self._readers.setdefault(consumer, _Reader())
+    def _reader(self, consumer: str) -> GroupReader:
+        with self._lock:
+            if consumer not in self._readers:
+                idle_s = self._settings.reclaim_idle_s
+                self._readers[consumer] = GroupReader(
+                    self._client, self.keys, self.group, consumer, idle_s, self._report_vanished
+                )
+            return self._readers[consumer]
 
     def _forget(self, deliveries: Sequence[Delivery]) -> None:
-        with self._lock:
-            for delivery in deliveries:
-                self._reader(delivery.consumer).in_hand.discard(delivery.entry_id)
+        for delivery in deliveries:
+            self._reader(delivery.consumer).forget(delivery.entry_id)
 
-    def _unless_group_is_missing(self, call: Callable[[], Any], otherwise: Any) -> Any:
+    def _unlessgroup_is_missing(self, call: Callable[[], Any], otherwise: Any) -> Any:
         """Nothing is pending in a group that is not there; the next `consume` makes it again."""
         try:
             return self._patiently(call)
         except redis.ResponseError as error:
-            if not _group_is_missing(error):
+            if not group_is_missing(error):
                 raise
             return otherwise
 
@@ -442,7 +291,7 @@ class Queue:
         self,
         call: Callable[[], T],
         on_error: Callable[[], None] | None = None,
-        stop: threading.Event | None = None,
+        stop: Stop = None,
     ) -> T:
         return patiently(call, timeout_s=self._settings.connect_timeout_s, what="Redis", on_error=on_error, stop=stop)
 
@@ -455,24 +304,3 @@ def prompts_queue(client: redis.Redis, run: str, settings: RedisSettings) -> Que
 def rollouts_queue(client: redis.Redis, run: str, settings: RedisSettings) -> Queue:
     """Rollout, from the rollout workers to the trainer."""
     return Queue(client, RunKeys(run).rollouts, "trainer", settings)
-
-
-def _group_is_missing(error: redis.ResponseError) -> bool:
-    return "NOGROUP" in str(error)
-
-
-def _as_delivery(entry_id: str, fields: Mapping[bytes, bytes], consumer: str, redelivered: bool) -> Delivery:
-    """An entry without our fields (somebody else wrote it) has an empty payload, which no reader accepts."""
-    further = {name.decode(): value.decode() for name, value in fields.items() if name not in (b"id", b"p")}
-    item_id = fields.get(b"id", b"").decode()
-    return Delivery(entry_id, item_id, fields.get(b"p", b""), redelivered, consumer, further)
-
-
-def _as_dead_letter(entry_id: bytes, fields: Mapping[bytes, bytes]) -> DeadLetter:
-    return DeadLetter(
-        id=entry_id.decode(),
-        item_id=fields.get(b"id", b"").decode(),
-        reason=fields[b"reason"].decode(),
-        payload=fields.get(b"p", b""),
-        attempts=int(fields[b"attempts"]),
-    )

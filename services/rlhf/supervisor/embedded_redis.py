@@ -84,58 +84,70 @@ class EmbeddedRedis:
         """Starts the server on the data that is there, waits until it has loaded them, and returns its address, which
         stays the same when it is started again after it died.
 
+        After a failure the folder stays taken, for another try; `stop` frees it.
+
         Raises:
-            RedisUnsuitable: no server, none new enough, or it ended at once.
+            RedisUnsuitable: no server, none new enough, it ended at once, or another process runs it.
             StorageError: the folder cannot be written.
             Unavailable: it did not answer within `timeout_s`.
         """
         if self.alive():
             return self.url
         server = find_server(self._search_path, self._bundled)
-        self._take_folder()
-        self._check_data(server)
-        _stop_orphan(self.folder / "address.json")
-        if self._socket_folder is None:
-            self._socket_folder = Path(tempfile.mkdtemp(prefix=_SOCKET_PREFIX))  # socket paths end at 107 bytes
-        self._launch(server)
         try:
+            self._prepare(server)
+            self._launch(server)
             self._wait_until_loaded(timeout_s)
+            self._write_address(server)
+        except OSError as error:
+            self._end_process()
+            raise StorageError(f"the embedded Redis cannot use {self.folder}: {error}") from error
         except BaseException:
-            self.stop()
+            self._end_process()
             raise
-        self._write_address(server)
         return self.url
 
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
     def stop(self, timeout_s: float = 8.0) -> None:
-        """Ends the server, after it has written its file; without effect when it does not run."""
-        if self._process is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                log.warning("the embedded Redis did not end within %.0f s and is killed", timeout_s)
-                self._process.kill()
-                self._process.wait()
+        """Ends the server, after it has written its file; without effect when it was not started."""
+        if self._lock is None:
+            return
+        self._end_process(timeout_s)
         (self.folder / "address.json").unlink(missing_ok=True)
         if self._socket_folder is not None:
             shutil.rmtree(self._socket_folder, ignore_errors=True)
-        if self._lock is not None:
-            self._lock.close()
-        self._process = self._socket_folder = self._lock = None
+        self._lock.close()
+        self._socket_folder = self._lock = None
+
+    def _end_process(self, timeout_s: float = 8.0) -> None:
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            log.warning("the embedded Redis did not end within %.0f s and is killed", timeout_s)
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    def _prepare(self, server: Server) -> None:
+        """Takes the folder at the first start; a later one finds it as the server that died left it."""
+        self._take_folder()
+        self._check_data(server)
+        if self._socket_folder is None:
+            _stop_orphan(self.folder / "address.json")
+            self._socket_folder = Path(tempfile.mkdtemp(prefix=_SOCKET_PREFIX))  # socket paths end at 107 bytes
 
     def _take_folder(self) -> None:
         """Holds the folder's lock, which the system frees when this process ends, however it ends."""
         if self._lock is not None:
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / "lock").open("w")
-        except OSError as error:
-            raise StorageError(f"the embedded Redis cannot write to {self.folder}: {error}") from error
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        lock = (self.folder / "lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
