@@ -1,26 +1,37 @@
-"""Records <-> protobuf messages, one pair of functions per record."""
+"""Records <-> protobuf messages, one pair of functions per record.
+
+`to_…` trusts the record; `from_…` trusts nothing: what comes back holds what the record's fields promise, or a
+RequestError says what is wrong.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from enum import Enum
+from typing import TypeVar
 
 import numpy as np
 
 from rlhf.errors import RequestError
-from rlhf.v1 import policy_pb2, rollout_pb2, weights_pb2
+from rlhf.v1 import policy_pb2, rollout_pb2, tensor_pb2, weights_pb2
 from rlhf.wire.records import (
     Completion,
     FinishReason,
+    Floats,
     LogprobMode,
+    Mask,
     PromptTask,
     Rollout,
     Sampling,
     ScoredCompletion,
     Stopping,
+    Tokens,
     VersionSpan,
     WeightVersion,
 )
 from rlhf.wire.tensors import from_tensor, to_tensor
+
+E = TypeVar("E", bound=Enum)
 
 
 def to_version(version: WeightVersion) -> weights_pb2.WeightVersion:
@@ -104,12 +115,19 @@ def to_prompt_task(task: PromptTask) -> rollout_pb2.PromptTask:
 
 
 def from_prompt_task(message: rollout_pb2.PromptTask) -> PromptTask:
+    """
+    Raises:
+        RequestError: the id, the tokens or the limit of new tokens is missing.
+    """
+    _require_id(message.rollout_id)
+    if not message.stopping.HasField("max_new_tokens"):
+        raise RequestError("stopping.max_new_tokens: a prompt in the queue must state it")
     return PromptTask(
         rollout_id=message.rollout_id,
         run_id=message.run_id,
         prompt_index=message.prompt_index,
         attempt=message.attempt,
-        token_ids=from_tensor(message.token_ids, "token_ids", dtypes="i", ndim=1),
+        token_ids=_tokens(message.token_ids, "token_ids"),
         text=message.text,
         metadata=dict(message.metadata),
         sampling=from_sampling(message.sampling),
@@ -137,15 +155,20 @@ def to_completion(completion: Completion) -> policy_pb2.Completion:
 def from_completion(message: policy_pb2.Completion) -> Completion:
     """
     Raises:
-        RequestError: log-probs are missing though their mode says they are there, or their number is not the tokens'.
+        RequestError: log-probs are missing or not finite though their mode says they are there, arrays differ in
+            length, an enum has no known value, or the versions do not cover the tokens.
     """
-    token_ids = from_tensor(message.token_ids, "completion.token_ids", dtypes="i", ndim=1)
-    mode = LogprobMode(message.logprob_mode)
+    token_ids = _tokens(message.token_ids, "completion.token_ids")
+    mode = _enum(LogprobMode, message.logprob_mode, "completion.logprob_mode")
     logprobs = None
     if mode is not LogprobMode.NONE:
-        logprobs = from_tensor(message.logprobs, "completion.logprobs", dtypes="f", ndim=1)
+        logprobs = _floats(message.logprobs, "completion.logprobs")
         if len(logprobs) != len(token_ids):
             raise RequestError(f"completion.logprobs: {len(logprobs)} for {len(token_ids)} tokens")
+        if not np.isfinite(logprobs).all():
+            raise RequestError("completion.logprobs: not finite on a sampled token")
+    versions = from_spans(message.versions)
+    _check_spans(versions, len(token_ids))
     return Completion(
         prompt_index=message.prompt_index,
         completion_index=message.completion_index,
@@ -153,9 +176,9 @@ def from_completion(message: policy_pb2.Completion) -> Completion:
         logprobs=logprobs,
         logprob_mode=mode,
         text=message.text,
-        finish_reason=FinishReason(message.finish_reason),
+        finish_reason=_enum(FinishReason, message.finish_reason, "completion.finish_reason"),
         stopped_by=message.stopped_by,
-        versions=from_spans(message.versions),
+        versions=versions,
         seed=message.seed,
     )
 
@@ -179,22 +202,20 @@ def to_scored_completion(scored: ScoredCompletion) -> rollout_pb2.ScoredCompleti
 def from_scored_completion(message: rollout_pb2.ScoredCompletion) -> ScoredCompletion:
     """
     Raises:
-        RequestError: an array is missing, of another length, or not finite where a number is needed.
+        RequestError: an array is missing, of another length, or not finite where a number is needed; an enum has no
+            known value; the versions do not cover the sampled tokens.
     """
+    token_rewards = _floats(message.token_rewards, "token_rewards") if message.HasField("token_rewards") else None
     scored = ScoredCompletion(
-        token_ids=from_tensor(message.token_ids, "token_ids", dtypes="i", ndim=1),
-        response_mask=from_tensor(message.response_mask, "response_mask", dtypes="b", ndim=1),
-        logprobs=from_tensor(message.logprobs, "logprobs", dtypes="f", ndim=1),
-        ref_logprobs=from_tensor(message.ref_logprobs, "ref_logprobs", dtypes="f", ndim=1),
+        token_ids=_tokens(message.token_ids, "token_ids"),
+        response_mask=_mask(message.response_mask, "response_mask"),
+        logprobs=_floats(message.logprobs, "logprobs"),
+        ref_logprobs=_floats(message.ref_logprobs, "ref_logprobs"),
         score=message.score,
-        member_scores=from_tensor(message.member_scores, "member_scores", dtypes="f", ndim=1),
-        token_rewards=(
-            from_tensor(message.token_rewards, "token_rewards", dtypes="f", ndim=1)
-            if message.HasField("token_rewards")
-            else None
-        ),
+        member_scores=_floats(message.member_scores, "member_scores"),
+        token_rewards=token_rewards,
         versions=from_spans(message.versions),
-        finish_reason=FinishReason(message.finish_reason),
+        finish_reason=_enum(FinishReason, message.finish_reason, "finish_reason"),
         seed=message.seed,
         text=message.text,
     )
@@ -220,6 +241,13 @@ def to_rollout(rollout: Rollout) -> rollout_pb2.Rollout:
 
 
 def from_rollout(message: rollout_pb2.Rollout) -> Rollout:
+    """
+    Raises:
+        RequestError: the id or every completion is missing, or a completion cannot be used.
+    """
+    _require_id(message.rollout_id)
+    if not message.completions:
+        raise RequestError(f"rollout {message.rollout_id}: it has no completion")
     return Rollout(
         rollout_id=message.rollout_id,
         run_id=message.run_id,
@@ -234,6 +262,46 @@ def from_rollout(message: rollout_pb2.Rollout) -> Rollout:
         worker=message.worker,
         created_unix_s=message.created_unix_s,
     )
+
+
+def _require_id(rollout_id: str) -> None:
+    if not rollout_id:
+        raise RequestError("rollout_id: empty, as in a message that somebody else wrote")
+
+
+def _tokens(message: tensor_pb2.Tensor, name: str) -> Tokens:
+    """[N] int32, also from int64 where the ids fit."""
+    ids = from_tensor(message, name, dtypes="i", ndim=1)
+    if len(ids) and (ids.min() < 0 or ids.max() > np.iinfo(np.int32).max):
+        raise RequestError(f"{name}: token ids from {ids.min()} to {ids.max()}, a token id is 0 to 2^31 - 1")
+    return ids.astype(np.int32, copy=False)
+
+
+def _floats(message: tensor_pb2.Tensor, name: str) -> Floats:
+    """[N] float32, also from float16."""
+    return from_tensor(message, name, dtypes="f", ndim=1).astype(np.float32, copy=False)
+
+
+def _mask(message: tensor_pb2.Tensor, name: str) -> Mask:
+    return from_tensor(message, name, dtypes="b", ndim=1)
+
+
+def _enum(kind: type[E], number: int, name: str) -> E:
+    try:
+        return kind(number)
+    except ValueError as error:
+        raise RequestError(f"{name}: {number} is none of {[member.name for member in kind]}") from error
+
+
+def _check_spans(spans: Iterable[VersionSpan], tokens: int) -> None:
+    """Every sampled token has one version: without it nobody knows how old it is."""
+    reached = 0
+    for span in spans:
+        if span.start != reached or span.end <= span.start:
+            raise RequestError(f"versions: a span from {span.start} to {span.end} where one from {reached} is due")
+        reached = span.end
+    if reached != tokens:
+        raise RequestError(f"versions: they cover {reached} of {tokens} sampled tokens")
 
 
 def _check(scored: ScoredCompletion) -> None:
@@ -255,3 +323,4 @@ def _check(scored: ScoredCompletion) -> None:
         raise RequestError("score: not finite")
     if scored.token_rewards is not None and not np.isfinite(scored.token_rewards[scored.response_mask]).all():
         raise RequestError("token_rewards: not finite on a sampled token")
+    _check_spans(scored.versions, int(scored.response_mask.sum()))
