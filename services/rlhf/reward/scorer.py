@@ -1,0 +1,180 @@
+"""What gives the scores: a trained reward model, batched over calls, or a rule, given one call at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from rlhf.errors import ModelError, RequestError, TokenizerMismatch
+from rlhf.models.causal import weights_sha256
+from rlhf.models.padding import pad
+from rlhf.models.reward import RewardModel
+from rlhf.models.tokenizer import load_tokenizer, pad_token_id, tokenizer_sha256
+from rlhf.reward.requests import Call, Texts, TokenItem
+from rlhf.reward.rules import Rule, ScoreItem
+from rlhf.serving.batcher import Batcher, Limits
+from rlhf.serving.token_checks import check_tokenizer, check_tokens
+from rlhf.serving.worker_thread import WorkerThread
+from rlhf.wire.records import Floats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one completion."""
+
+    score: float
+    token_rewards: Floats
+    """[completion tokens]; of a rule, none."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What the service says of itself."""
+
+    kind: str
+    model_sha256: str
+    tokenizer_sha256: str
+    mean: float
+    std: float
+
+
+class Scorer(Protocol):
+    @property
+    def about(self) -> About: ...
+    @property
+    def batcher(self) -> Batcher[TokenItem, Score] | Batcher[Call, list[Score]]: ...
+    async def score(self, call: Call) -> list[Score]: ...
+
+
+class RewardHead:
+    """A reward model with its tokenizer, as functions of token sequences. Everything here runs in the worker thread."""
+
+    def __init__(self, model: RewardModel, tokenizer: PreTrainedTokenizerBase, about: About) -> None:
+        self.about = about
+        self._model = model
+        self._tokenizer = tokenizer
+        self._pad_id = pad_token_id(tokenizer)
+        config = model.classifier.config
+        self.vocab_size: int = model.classifier.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
+        self.max_context_tokens: int | None = getattr(config, "max_position_embeddings", None)
+        """None: the architecture knows no limit."""
+
+    @classmethod
+    def load(cls, folder: Path, device: str, dtype: str) -> RewardHead:
+        """
+        Raises:
+            ModelError: the folder holds no reward model.
+        """
+        model, tokenizer = RewardModel.load(folder, device=device, dtype=dtype), load_tokenizer(folder)
+        about = About("model", weights_sha256(folder), tokenizer_sha256(tokenizer), model.mean, model.std)
+        return cls(model, tokenizer, about)
+
+    def encode(self, texts: Sequence[Texts]) -> tuple[TokenItem, ...]:
+        """Prompt and completion are encoded apart, so that the end of one does not merge with the start of the other,
+        as it never does where a policy generates."""
+        return tuple(self._encode(item) for item in texts)
+
+    def forward(self, items: Sequence[TokenItem]) -> list[Score]:
+        """Normalised values at every token; the last one's is the score."""
+        ids, mask = pad([item.token_ids for item in items], self._pad_id)
+        device = self._model.device
+        with torch.inference_mode():
+            raw = self._model.token_values(ids.to(device), mask.to(device))
+            values = ((raw - self._model.mean) / self._model.std).float().cpu().numpy()
+        rows = [row[: len(item.token_ids)] for row, item in zip(values, items, strict=True)]
+        return [Score(float(row[-1]), row[item.prompt_length :].copy()) for row, item in zip(rows, items, strict=True)]
+
+    def _encode(self, item: Texts) -> TokenItem:
+        prompt = self._tokenizer(item.prompt).input_ids if item.prompt else []
+        completion = self._tokenizer(item.completion, add_special_tokens=False).input_ids if item.completion else []
+        return TokenItem(np.asarray([*prompt, *completion], dtype=np.int64), len(prompt))
+
+
+class ModelScorer:
+    def __init__(self, head: RewardHead, worker: WorkerThread, limits: Limits) -> None:
+        self.about = head.about
+        self.batcher = Batcher(worker, head.forward, limits, length=lambda item: len(item.token_ids))
+        self._head = head
+        self._worker = worker
+        self._max_tokens = head.max_context_tokens or limits.max_batch_tokens
+
+    async def score(self, call: Call) -> list[Score]:
+        """
+        Raises:
+            TokenizerMismatch: tokens of another tokenizer, and no text beside them; or scores per token of such.
+            RequestError: a sequence does not fit the model.
+            Overloaded: too much is waiting.
+            ModelError: the model's answer is not finite.
+        """
+        items = await self._items(call)
+        check_tokens(
+            [item.token_ids for item in items], "tokens", vocab_size=self._head.vocab_size, max_tokens=self._max_tokens
+        )
+        scores = await self.batcher.submit(items)
+        for index, score in enumerate(scores):
+            if not np.isfinite(score.score) or not np.isfinite(score.token_rewards).all():
+                raise ModelError(
+                    f"the reward model's values on item {index} are not finite; its weights are damaged, or too large "
+                    "for the service's dtype"
+                )
+        return scores
+
+    async def _items(self, call: Call) -> tuple[TokenItem, ...]:
+        own = self.about.tokenizer_sha256
+        if call.tokens is not None and call.tokenizer_sha256 in ("", own):
+            return call.tokens
+        if call.texts is None:
+            check_tokenizer(call.tokenizer_sha256, own, "tokens, and no `decoded` beside them")
+            raise RequestError("tokens: none were sent")
+        if call.tokens is not None and call.per_token:
+            raise TokenizerMismatch("per_token: the reward model has another tokenizer, so its tokens are other ones")
+        return await self._worker.run(self._head.encode, call.texts)
+
+
+class RuleScorer:
+    """Each call goes to the rule by itself and whole: a rule that fails on one call's items fails no other call."""
+
+    def __init__(self, rule: Rule, worker: WorkerThread, limits: Limits) -> None:
+        self.about = About("rule", rule.sha256, "", 0.0, 1.0)
+        self._rule = rule
+        one_call = Limits(
+            max_batch_size=1, max_batch_tokens=1, max_waiting_items=limits.max_waiting_items, max_delay_s=0
+        )
+        self.batcher = Batcher(worker, self._score_calls, one_call, length=lambda _: 1)
+
+    async def score(self, call: Call) -> list[Score]:
+        """
+        Raises:
+            RequestError: no text was sent, or scores per token are asked for.
+            RuleError: the rule raised, or answered nonsense.
+            Overloaded: too many calls are waiting.
+        """
+        if call.texts is None:
+            raise RequestError("a rule scores text: send `texts`, or `decoded` beside `tokens`")
+        if call.per_token:
+            raise RequestError("per_token: a rule gives one score for a completion and none for its tokens")
+        return (await self.batcher.submit([call]))[0]
+
+    def _score_calls(self, calls: Sequence[Call]) -> list[list[Score]]:
+        none = np.zeros(0, np.float32)
+        return [[Score(float(score), none) for score in self._rule.score(_rule_items(call))] for call in calls]
+
+
+def _rule_items(call: Call) -> list[ScoreItem]:
+    tokens = [()] * len(call) if call.tokens is None else [_completion_tokens(item) for item in call.tokens]
+    return [
+        ScoreItem(item.prompt, item.completion, tokens, metadata)
+        for item, tokens, metadata in zip(call.texts or (), tokens, call.metadata, strict=True)
+    ]
+
+
+def _completion_tokens(item: TokenItem) -> tuple[int, ...]:
+    return tuple(item.token_ids[item.prompt_length :].tolist())

@@ -1,0 +1,90 @@
+"""The reward service: `rlhf reward`. Calls come in here and leave as scores; `scorer.py` has what happens between."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+
+from rlhf.errors import SettingsError
+from rlhf.models.compute import set_threads
+from rlhf.reward.requests import read_call
+from rlhf.reward.rules import load_rule
+from rlhf.reward.scorer import ModelScorer, RewardHead, RuleScorer, Scorer
+from rlhf.serving.batcher import Limits
+from rlhf.serving.server import Server, Start, run_server
+from rlhf.serving.worker_thread import WorkerThread
+from rlhf.settings.run import Settings
+from rlhf.v1 import reward_pb2, reward_pb2_grpc
+from rlhf.wire.tensors import to_ragged, to_tensor
+
+SERVICE = "rlhf.v1.RewardService"
+
+
+def run(settings: Settings) -> None:
+    """Serves until SIGTERM."""
+    run_server("reward", settings.reward, [SERVICE], starting(settings))
+
+
+def starting(settings: Settings) -> Start:
+    """How the service starts on a server."""
+
+    @asynccontextmanager
+    async def start(server: Server) -> AsyncIterator[None]:
+        worker = WorkerThread("reward")
+        scorer = await _load(settings, worker)
+        async with scorer.batcher.running(server.fail):
+            servicer = RewardServicer(scorer, settings)
+            server.register(reward_pb2_grpc.add_RewardServiceServicer_to_server, servicer)
+            await server.set_ready(SERVICE, True)
+            yield
+        worker.close()
+
+    return start
+
+
+class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
+    def __init__(self, scorer: Scorer, settings: Settings) -> None:
+        self._scorer = scorer
+        self._limits = settings.reward
+
+    async def Score(self, request: reward_pb2.ScoreRequest, context: Any) -> reward_pb2.ScoreResponse:
+        call = read_call(request, self._limits.max_batch_size)
+        scores = await self._scorer.score(call)
+        values = np.array([score.score for score in scores], dtype=np.float32)
+        response = reward_pb2.ScoreResponse(
+            scores=to_tensor(values),
+            member_scores=to_tensor(values.reshape(-1, 1)),
+            model_sha256=self._scorer.about.model_sha256,
+        )
+        if call.per_token:
+            response.token_rewards.CopyFrom(to_ragged([score.token_rewards for score in scores], np.float32))
+        return response
+
+    async def Info(self, request: reward_pb2.RewardInfoRequest, context: Any) -> reward_pb2.RewardInfoResponse:
+        about = self._scorer.about
+        return reward_pb2.RewardInfoResponse(
+            kind=about.kind,
+            model_sha256=about.model_sha256,
+            tokenizer_sha256=about.tokenizer_sha256,
+            members=1,
+            max_batch_tokens=self._limits.max_batch_tokens,
+            normalisation_mean=about.mean,
+            normalisation_std=about.std,
+        )
+
+
+async def _load(settings: Settings, worker: WorkerThread) -> Scorer:
+    reward = settings.reward
+    if reward.rule and reward.model is not None:
+        raise SettingsError("reward.model and reward.rule are both set; the service scores with one of them")
+    limits = Limits(
+        reward.max_batch_size, reward.max_batch_tokens, reward.max_waiting_items, reward.max_delay_ms / 1000
+    )
+    if reward.rule:
+        return RuleScorer(await worker.run(load_rule, reward.rule), worker, limits)
+    await worker.run(set_threads, reward.threads)
+    folder = reward.model or settings.paths.reward_model
+    return ModelScorer(await worker.run(RewardHead.load, folder, reward.device, reward.dtype), worker, limits)
