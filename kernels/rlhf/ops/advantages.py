@@ -10,8 +10,8 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, la
     """Advantages A_t = δ_t + γλ A_{t'} with δ_t = r_t + γ V_{t'} - V_t.
 
     t' is the next response token, and V after the last one is 0. Tokens outside the mask are skipped, as if the
-    response tokens stood end to end: a prompt, padding, or the answer of a tool between two turns neither ends nor discounts
-    anything. Their advantages are 0.
+    response tokens stood end to end: a prompt, padding, or the answer of a tool between two turns neither ends nor
+    discounts anything. Their advantages are 0.
 
     Source: Schulman et al. 2015, "High-Dimensional Continuous Control Using Generalized Advantage Estimation", eq. 16.
 
