@@ -87,12 +87,21 @@ class PpoSettings(Compute):
     tls_ca: Path | None = None
     """PEM file with the authority that signed the replicas' certificates; set: connections use TLS."""
 
+    @model_validator(mode="after")
+    def _stale_rollouts_need_their_own_logprobs(self) -> PpoSettings:
+        if self.max_staleness > 0 and self.old_logprobs == "recompute":
+            raise ValueError(
+                'max_staleness above 0 needs old_logprobs = "service": the ratio is to the policy that sampled, and '
+                "recomputed log-probs are those of a later one"
+            )
+        return self
+
 
 class CriticSettings(Section):
     kind: Literal["separate", "shared"] = "separate"
     """A model of its own, or a second head on the policy's trunk."""
     init_from: Literal["reward-model", "policy"] = "reward-model"
-    """What a separate critic starts from: the reward model with its head, or the policy's trunk with a head of zeros."""
+    """Start of a separate critic: the reward model with its head, or the policy's trunk with a head of zeros."""
     model: Path | None = None
     """Folder of the reward model to start from. None: the run's reward-model/."""
     lr: PositiveFloat = 5e-4

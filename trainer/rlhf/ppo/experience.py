@@ -1,0 +1,137 @@
+"""Experience: the completions of one step as flat tokens, and its cutting into padded micro-batches.
+
+Shapes: `S` sequences, `N` tokens packed end to end, `B` sequences of a micro-batch, `T` tokens of its longest. `[B, T]`
+exists only between `pad` and `pack`, around a call of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlhf.wire.records import Floats, Rollout, ScoredCompletion
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What one optimisation step learns from. All tensors are on the CPU; a micro-batch moves to the device."""
+
+    token_ids: Tensor
+    """[N] int64, prompt and response of every sequence."""
+    cu_seqlens: Tensor
+    """[S + 1] int64; sequence i is [cu_seqlens[i], cu_seqlens[i + 1])."""
+    response_mask: Tensor
+    """[N] bool, True = sampled by the policy."""
+    service_logprobs: Tensor
+    """[N] float32, by the policy service; NaN outside the mask."""
+    ref_logprobs: Tensor
+    """[N] float32; NaN outside the mask."""
+    scores: Tensor
+    """[S] float32."""
+    token_rewards: Tensor
+    """[N] float32; 0 where the reward service gave none."""
+    ended_mask: Tensor
+    """[S] bool, True = the policy ended the completion itself."""
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.cu_seqlens.diff()
+
+    @property
+    def sequences(self) -> int:
+        return len(self.scores)
+
+    @property
+    def last_response_index(self) -> Tensor:
+        """[S] int64: where in the N tokens each sequence's last sampled token is."""
+        positions = torch.where(self.response_mask, torch.arange(len(self.token_ids)), -1)
+        return torch.stack([part.max() for part in torch.split(positions, self.lengths.tolist())])
+
+    def sum_per_sequence(self, values: Tensor) -> Tensor:
+        """[N] -> [S]: the sum over each sequence's sampled tokens."""
+        masked = torch.where(self.response_mask, values, 0.0)
+        return torch.stack([part.sum() for part in torch.split(masked, self.lengths.tolist())])
+
+
+def gather(rollouts: Sequence[Rollout]) -> Experience:
+    """All completions of the rollouts, in the given order."""
+    completions = [completion for rollout in rollouts for completion in rollout.completions]
+    return Experience(
+        token_ids=_flat([c.token_ids for c in completions], np.int64),
+        cu_seqlens=torch.tensor(np.cumsum([0, *(len(c.token_ids) for c in completions)])),
+        response_mask=_flat([c.response_mask for c in completions], np.bool_),
+        service_logprobs=_flat([c.logprobs for c in completions], np.float32),
+        ref_logprobs=_flat([c.ref_logprobs for c in completions], np.float32),
+        scores=torch.tensor([c.score for c in completions], dtype=torch.float32),
+        token_rewards=_flat([_token_rewards(c) for c in completions], np.float32),
+        ended_mask=torch.tensor([c.finish_reason.ended for c in completions]),
+    )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some sequences of an experience, right-padded to the longest of them."""
+
+    indices: Tensor
+    """[n] int64: the positions in the N tokens that these sequences fill, row after row."""
+    place_mask: Tensor
+    """[B, T] bool, True = a token, False = padding."""
+
+    def pad(self, flat: Tensor, fill: float | int | bool = 0) -> Tensor:
+        """[N] -> [B, T]"""
+        padded = torch.full(self.place_mask.shape, fill, dtype=flat.dtype)
+        padded[self.place_mask] = flat[self.indices]
+        return padded
+
+    def pack(self, padded: Tensor, flat: Tensor) -> None:
+        """[B, T] -> its places in [N], written into `flat`."""
+        flat[self.indices] = padded.cpu()[self.place_mask]
+
+
+def minibatches(
+    experience: Experience, count: int, micro_batch_tokens: int, order: Tensor
+) -> Iterator[list[MicroBatch]]:
+    """`count` minibatches of equal numbers of sequences, each as micro-batches of at most `micro_batch_tokens` padded
+    tokens (one sequence at the least).
+
+    Args:
+        order: [S] int64, the order in which sequences are dealt out.
+    """
+    for part in order.tensor_split(count):
+        yield [_micro_batch(experience, rows) for rows in _split_by_tokens(experience, part, micro_batch_tokens)]
+
+
+def _split_by_tokens(experience: Experience, rows: Tensor, micro_batch_tokens: int) -> Iterator[list[int]]:
+    lengths = experience.lengths.tolist()
+    taken: list[int] = []
+    longest = 0
+    for row in rows.tolist():
+        if taken and max(longest, lengths[row]) * (len(taken) + 1) > micro_batch_tokens:
+            yield taken
+            taken, longest = [], 0
+        taken.append(row)
+        longest = max(longest, lengths[row])
+    if taken:
+        yield taken
+
+
+def _micro_batch(experience: Experience, rows: list[int]) -> MicroBatch:
+    starts, lengths = experience.cu_seqlens[rows], experience.lengths[rows]
+    indices = torch.cat([torch.arange(s, s + n) for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)])
+    return MicroBatch(indices, torch.arange(int(lengths.max())) < lengths.unsqueeze(1))
+
+
+def _token_rewards(completion: ScoredCompletion) -> Floats:
+    if completion.token_rewards is None:
+        return np.zeros(len(completion.token_ids), dtype=np.float32)
+    return np.where(completion.response_mask, completion.token_rewards, np.float32(0.0))
+
+
+def _flat(arrays: Sequence[NDArray[Any]], dtype: type) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.asarray(array, dtype=dtype) for array in arrays]))
