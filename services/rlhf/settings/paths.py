@@ -88,6 +88,11 @@ class RunPaths:
         return self.folder / "metrics.jsonl"
 
     @property
+    def trained(self) -> Path:
+        """Step 3: JSONL, the rollout ids that each optimisation step trained on, by epoch; what the audit reads."""
+        return self.folder / "trained.jsonl"
+
+    @property
     def sample_tables(self) -> Path:
         """Step 3: completions with their scores, one JSONL file every few steps."""
         return self.folder / "samples"
@@ -105,6 +110,16 @@ class RunPaths:
     def redis(self) -> Path:
         """The embedded Redis: its data, and `address.json` while it runs."""
         return self.folder / "redis"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the supervisor of the run."""
+        return self.folder / "run.lock"
+
+    @property
+    def processes(self) -> Path:
+        """JSON: the processes that the supervisor keeps alive, while it does."""
+        return self.folder / "processes.json"
 
     @property
     def stages(self) -> Path:

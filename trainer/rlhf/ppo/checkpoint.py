@@ -1,0 +1,83 @@
+"""Checkpoints: weights, optimisers, random state, KL coefficient, prompt cursor and ledger, in one folder that appears
+complete or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.models.training_state import (
+    load_optimizer_state,
+    load_training_state,
+    optimizer_state,
+    save_training_state,
+)
+from rlhf.models.weights import copy_weights, named_weights
+from rlhf.ppo.ledger import Ledger
+from rlhf.ppo.step import PpoStep
+
+GENERATOR = "generator"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Oldest first. A folder's name is its step."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+
+
+def save_checkpoint(folder: Path, step: PpoStep, ledger: Ledger, keep: int) -> Path:
+    """Durable on return; then removes all but the newest `keep`.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written; older checkpoints stay.
+    """
+    tensors: dict[str, Tensor] = {GENERATOR: step.generator.get_state()}
+    for name, module in step.learner.modules().items():
+        tensors |= {f"{name}/{key}": value for key, value in named_weights(module).items()}
+    optimizers: dict[str, Any] = {}
+    for name, optimizer in step.learner.optimizers.items():
+        state_tensors, optimizers[name] = optimizer_state(optimizer, list(_parameter_names(name, optimizer)))
+        tensors |= state_tensors
+    state = {"ledger": ledger.to_json(), "kl_coef": step.kl.coef, "optimizers": optimizers}
+    target = folder / str(ledger.trained_steps)
+    save_training_state(target, tensors, state)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(path: Path, step: PpoStep) -> dict[str, Any]:
+    """Restores everything but the ledger, whose state is returned: it goes on in an epoch that the caller knows.
+
+    Raises:
+        ModelError: the checkpoint is altered, or of a model of another shape.
+    """
+    tensors, state = load_training_state(path)
+    for name, module in step.learner.modules().items():
+        prefix = f"{name}/"
+        copy_weights(module, {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+    for name, optimizer in step.learner.optimizers.items():
+        names = list(_parameter_names(name, optimizer))
+        load_optimizer_state(optimizer, names, tensors, state["optimizers"][name])
+    step.generator.set_state(tensors[GENERATOR])
+    step.kl.coef = state["kl_coef"]
+    ledger: dict[str, Any] = state["ledger"]
+    return ledger
+
+
+def checkpoint_versions(folder: Path) -> list[tuple[int, int]]:
+    """(epoch, step) of the weights in each checkpoint."""
+    ledgers = [load_training_state(path)[1]["ledger"] for path in checkpoints(folder)]
+    return [(ledger["epoch"], ledger["trained_steps"]) for ledger in ledgers]
+
+
+def _parameter_names(name: str, optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    """By position: an optimiser's parameters always come in the order of the modules'."""
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    return (f"adam.{name}.{index}" for index in range(count))

@@ -1,0 +1,149 @@
+"""What comes off the rollouts stream: judged by the ledger, buffered for a step, acknowledged when durable."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from google.protobuf.message import DecodeError
+
+from rlhf.errors import DeadlineExceeded, RequestError, StageFailed
+from rlhf.ppo.ledger import Ledger, Verdict
+from rlhf.queues.streams import Delivery, Queue
+from rlhf.v1 import rollout_pb2
+from rlhf.wire.messages import from_rollout
+from rlhf.wire.records import Rollout
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0
+
+
+class Intake:
+    """
+    Args:
+        timeout_s: how long no rollout may arrive while a step waits for one.
+        keep_going: called about every second while waiting; raises what should end the wait.
+    """
+
+    def __init__(
+        self,
+        rollouts: Queue,
+        prompts: Queue,
+        ledger: Ledger,
+        *,
+        consumer: str,
+        timeout_s: float,
+        keep_going: Callable[[], None],
+    ) -> None:
+        self.rollouts = rollouts
+        self.prompts = prompts
+        self.ledger = ledger
+        self.consumer = consumer
+        self.timeout_s = timeout_s
+        self.keep_going = keep_going
+        self._buffer: dict[str, Rollout] = {}
+        self._held: dict[str, Delivery] = {}
+        """By entry id: every delivery not acknowledged yet."""
+        self._settled: set[str] = set()
+        """Entry ids of those whose outcome is in the ledger, and can be acknowledged once that is durable."""
+        self._dead_letters_after = "0-0"
+
+    @property
+    def waiting(self) -> int:
+        """Rollouts in the buffer."""
+        return len(self._buffer)
+
+    @property
+    def unacknowledged_bytes(self) -> int:
+        return sum(len(self._held[entry_id].payload) for entry_id in self._settled)
+
+    @property
+    def unacknowledged_entries(self) -> int:
+        return len(self._settled)
+
+    def next_batch(self, count: int) -> list[Rollout]:
+        """`count` rollouts to train on, by prompt index, whatever order they arrived in.
+
+        Raises:
+            DeadlineExceeded: none arrived for `timeout_s`.
+            StageFailed: as many prompts as a batch has were abandoned while waiting.
+        """
+        abandoned_before = len(self.ledger.abandoned)
+        deadline = time.monotonic() + self.timeout_s
+        while len(self._fresh()) < count:
+            self.keep_going()
+            if self._take(self.rollouts.consume(self.consumer, count=64, block_s=POLL_S)):
+                deadline = time.monotonic() + self.timeout_s
+            self._watch_dead_letters()
+            self._check_abandoned(abandoned_before, count)
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(
+                    f"no rollout arrived for {self.timeout_s:.0f} s; the step has {self.waiting} of {count}, and "
+                    f"{len(self.ledger.outstanding)} prompts are out; see `rlhf status` for what waits for what"
+                )
+        return sorted(self._buffer.values(), key=lambda rollout: rollout.prompt_index)[:count]
+
+    def trained(self, batch: list[Rollout]) -> None:
+        """The batch is in the weights and in the ledger."""
+        for rollout in batch:
+            del self._buffer[rollout.rollout_id]
+        known = {rollout.rollout_id for rollout in batch}
+        self._settled |= {entry_id for entry_id, delivery in self._held.items() if delivery.item_id in known}
+
+    def acknowledge(self) -> int:
+        """Let go of everything settled; call when the ledger that knows its outcome is durable."""
+        settled = [self._held.pop(entry_id) for entry_id in self._settled]
+        self._settled.clear()
+        return self.rollouts.acknowledge(settled) if settled else 0
+
+    def _fresh(self) -> dict[str, Rollout]:
+        """The buffer without what has become stale in it."""
+        for rollout in list(self._buffer.values()):
+            if self.ledger.judge(rollout) is Verdict.STALE:
+                del self._buffer[rollout.rollout_id]
+                self.ledger.mark_stale(rollout)
+                self._settled |= {e for e, d in self._held.items() if d.item_id == rollout.rollout_id}
+        return self._buffer
+
+    def _take(self, deliveries: list[Delivery]) -> int:
+        """How many of them can be trained on."""
+        arrived = 0
+        for delivery in deliveries:
+            try:
+                rollout = from_rollout(rollout_pb2.Rollout.FromString(delivery.payload))
+            except (DecodeError, RequestError, ValueError) as error:
+                self._reject(delivery, f"cannot be used: {error}")
+                continue
+            self._held[delivery.entry_id] = delivery
+            arrived += self._sort_in(rollout, delivery)
+        return arrived
+
+    def _sort_in(self, rollout: Rollout, delivery: Delivery) -> bool:
+        verdict = self.ledger.judge(rollout)
+        if verdict is Verdict.TRAIN and rollout.rollout_id not in self._buffer:
+            self._buffer[rollout.rollout_id] = rollout
+            return True
+        if verdict is Verdict.STALE:
+            log.info("rollout %s is stale (%s); its prompt goes out again", rollout.rollout_id, rollout.versions[:1])
+            self.ledger.mark_stale(rollout)
+        self._settled.add(delivery.entry_id)
+        return False
+
+    def _reject(self, delivery: Delivery, reason: str) -> None:
+        log.warning("rollout %s %s", delivery.item_id, reason)
+        self.rollouts.dead_letter(delivery, reason)
+        self.ledger.mark_dead(delivery.item_id, reason)
+
+    def _watch_dead_letters(self) -> None:
+        for letter in self.prompts.dead_letters(self._dead_letters_after):
+            self._dead_letters_after = letter.id
+            if self.ledger.mark_dead(letter.item_id, letter.reason):
+                log.warning("prompt %s failed: %s", letter.item_id, letter.reason)
+
+    def _check_abandoned(self, before: int, count: int) -> None:
+        abandoned = len(self.ledger.abandoned) - before
+        if abandoned >= count:
+            reason = list(self.ledger.abandoned.values())[-1]
+            raise StageFailed(f"{abandoned} prompts failed one after another; the last because: {reason}")

@@ -1,0 +1,108 @@
+"""Builds what the trainer works with from its settings."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.errors import ModelError, SettingsError
+from rlhf.models.causal import disable_dropout, load_causal_lm
+from rlhf.models.folders import start_model
+from rlhf.models.reward import RewardModel
+from rlhf.models.tokenizer import load_tokenizer, tokenizer_sha256
+from rlhf.ppo.kl_control import KlController
+from rlhf.ppo.learner import Learner
+from rlhf.ppo.prompts import EncodedPrompt
+from rlhf.ppo.step import PpoStep
+from rlhf.settings.run import Settings
+from rlhf.wire.records import Sampling, Stopping
+
+BYTES_PER_TOKEN = 24
+"""Of a completion in the stream: id, mask, two log-probs, a token reward, and as much again for text and names."""
+
+
+def build_step(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PpoStep:
+    """Policy, critic and their optimisers as at the start of a run."""
+    folder = settings.ppo.model or start_model(settings)
+    # Weights stay in float32 whatever the forward pass computes in: a step of 1e-6 vanishes in bfloat16.
+    policy = load_causal_lm(folder, device=settings.ppo.device)
+    critic = _build_critic(settings, policy, tokenizer)
+    for module in (policy, critic):
+        if module is not None:
+            disable_dropout(module)
+    learner = Learner(
+        policy,
+        critic,
+        settings.ppo,
+        settings.critic,
+        temperature=settings.sampling.temperature,
+        pad_id=tokenizer.pad_token_id or 0,
+    )
+    generator = torch.Generator().manual_seed(settings.ppo.seed)
+    return PpoStep(learner, KlController(settings.kl), generator)
+
+
+def sampling_of(settings: Settings) -> Sampling:
+    s = settings.sampling
+    return Sampling(
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        min_p=s.min_p,
+        repetition_penalty=s.repetition_penalty,
+        completions=settings.ppo.completions,
+    )
+
+
+def stopping_of(settings: Settings) -> Stopping:
+    s = settings.sampling
+    return Stopping(max_new_tokens=s.max_new_tokens, min_new_tokens=s.min_new_tokens, stop_strings=s.stop_strings)
+
+
+def check_budget(settings: Settings, prompts: list[EncodedPrompt]) -> None:
+    """A stream that cannot hold the batches between two acknowledgements would never empty: the workers would wait for
+    room, the trainer for rollouts.
+
+    Raises:
+        SettingsError: the stream's bounds are too small for one batch, or the batch for its minibatches.
+    """
+    ppo, redis = settings.ppo, settings.redis
+    batch = ppo.batch_prompts * (ppo.max_staleness + 1)
+    longest = max(len(prompt.token_ids) for prompt in prompts) + settings.sampling.max_new_tokens
+    needed_bytes = batch * (512 + ppo.completions * (256 + BYTES_PER_TOKEN * longest))
+    if batch > redis.max_entries // 2:
+        raise SettingsError(
+            f"redis.max_entries: {redis.max_entries} is too small; one step's rollouts are up to {batch} entries, and "
+            "half the stream must hold them"
+        )
+    if needed_bytes > redis.max_mib * 2**20 // 2:
+        raise SettingsError(
+            f"redis.max_mib: {redis.max_mib} is too small; one step's rollouts are up to {needed_bytes / 2**20:.0f} "
+            "MiB, and half the stream must hold them"
+        )
+    if ppo.minibatches > ppo.batch_prompts * ppo.completions:
+        raise SettingsError(
+            f"ppo.minibatches: at most one per completion, {ppo.batch_prompts * ppo.completions}, is possible; "
+            f"{ppo.minibatches} received"
+        )
+
+
+def _build_critic(
+    settings: Settings, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> RewardModel | None:
+    if settings.critic.kind == "shared":
+        return None
+    device = settings.ppo.device
+    if settings.critic.init_from == "policy":
+        critic = RewardModel.new(settings.ppo.model or start_model(settings), device=device)
+        torch.nn.init.zeros_(critic.head.weight)
+        return critic
+    folder = settings.critic.model or settings.paths.reward_model
+    critic = RewardModel.load(folder, device=device)
+    # A critic reads the policy's tokens; a reward model over other tokens would see noise.
+    if tokenizer_sha256(load_tokenizer(folder)) != tokenizer_sha256(tokenizer):
+        raise ModelError(
+            f"{folder}: the reward model has another tokenizer than the policy, so the critic cannot start from it; "
+            'set critic.init_from = "policy"'
+        )
+    return critic
