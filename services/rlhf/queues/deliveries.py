@@ -49,7 +49,7 @@ class DeadLetter:
     reason: str
     payload: bytes
     attempts: int
-    """Failures counted; 0 for an entry that was given up at once."""
+    """Failures counted, the last included."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class GroupReader:
         self._own_cursor: str | None = None
         self._reclaim_cursor = _START
         self._reclaimed_at = float("-inf")
-        self._has_group = False
+        self._has_read = False
 
     def read_again(self) -> None:
         """The next read begins with the pending entries that are not in hand: a reply may have been lost."""
@@ -66,28 +66,24 @@ class GroupReader:
     def read(self, count: int, block_s: float) -> list[Delivery]:
         """One pass. Any redis error may come out; after one of connection, call `read_again`."""
         try:
-            if not self._has_group:
-                self._make_group()
-            return self._read_own(count) or self._reclaim(count) or self._read_new(count, block_s)
+            found = self._read_pass(count, block_s)
         except redis.ResponseError as error:
             if not group_is_missing(error):
                 raise
-            log.warning(
-                "the consumer group of the %s queue is gone, as after a loss of the server's data; making it again "
-                "and reading what there is from the beginning",
-                self._keys.name,
-            )
-            self._has_group = False
+            if self._has_read:
+                log.warning(
+                    "the consumer group of the %s queue is gone, as after a loss of the server's data; making it "
+                    "again and reading what there is from the beginning",
+                    self._keys.name,
+                )
+            make_group(self._client, self._keys, self._group)
             self.read_again()
-            return []
+            found = self._read_pass(count, block_s)
+        self._has_read = True
+        return found
 
-    def _make_group(self) -> None:
-        try:
-            self._client.xgroup_create(self._keys.stream, self._group, id="0", mkstream=True)
-        except redis.ResponseError as error:
-            if "BUSYGROUP" not in str(error):
-                raise
-        self._has_group = True
+    def _read_pass(self, count: int, block_s: float) -> list[Delivery]:
+        return self._read_own(count) or self._reclaim(count) or self._read_new(count, block_s)
 
     def _read_own(self, count: int) -> list[Delivery]:
         """Pending entries of this consumer that are not in hand."""
@@ -119,11 +115,13 @@ class GroupReader:
         self._reclaim_cursor = reply[0].decode()
         self._reclaimed_at = time.monotonic()
         entries: Entries = reply[1]
-        if any(entry_id is None for entry_id, _ in entries):
-            self.read_again()  # which finds the id
         if len(reply) > 2 and reply[2]:  # from 7.0 on; these are no longer pending either
             self._on_vanished([entry_id.decode() for entry_id in reply[2]])
-        return self._deliver(entries, redelivered=True)
+        found = self._deliver(entries, redelivered=True)
+        if any(entry_id is None for entry_id, _ in entries):
+            self.read_again()
+            return found or self._read_own(count)  # which says what 6.2 does not: the id of what vanished
+        return found
 
     def _read_new(self, count: int, block_s: float) -> list[Delivery]:
         block_ms = max(1, round(block_s * 1000)) if block_s > 0 else None  # BLOCK 0 would be for ever
@@ -146,6 +144,15 @@ class GroupReader:
             ]
             self._in_hand.update(delivery.entry_id for delivery in found)
         return found
+
+
+def make_group(client: redis.Redis, keys: QueueKeys, group: str) -> None:
+    """From the first entry on, unless it is there already."""
+    try:
+        client.xgroup_create(keys.stream, group, id="0", mkstream=True)
+    except redis.ResponseError as error:
+        if "BUSYGROUP" not in str(error):
+            raise
 
 
 def group_is_missing(error: redis.ResponseError) -> bool:

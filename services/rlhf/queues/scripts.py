@@ -52,7 +52,7 @@ for i = 4, #ARGV do
 end
 if settled > 0 then
   redis.call('HINCRBY', KEYS[2], ARGV[3], settled)
-  redis.call('HINCRBY', KEYS[2], 'bytes', -bytes)
+  redis.call('HINCRBY', KEYS[2], 'bytes', 0 - bytes)
 end
 return settled
 """
@@ -87,7 +87,7 @@ redis.call('XACK', stream, group, entry)
 redis.call('XDEL', stream, entry)
 redis.call('HDEL', KEYS[3], entry)
 redis.call('HDEL', KEYS[4], entry)
-redis.call('HINCRBY', KEYS[2], 'bytes', -size)
+redis.call('HINCRBY', KEYS[2], 'bytes', 0 - size)
 local letter = found[2]
 for _, value in ipairs({'reason', ARGV[5], 'attempts', failures, 'entry', entry, 'size', size}) do
   table.insert(letter, value)
@@ -99,7 +99,7 @@ local letters = redis.call('XLEN', KEYS[6])
 while letters > tonumber(ARGV[8]) or (bytes > tonumber(ARGV[9]) and letters > 1) do
   local oldest = redis.call('XRANGE', KEYS[6], '-', '+', 'COUNT', 1)[1]
   redis.call('XDEL', KEYS[6], oldest[1])
-  bytes = redis.call('HINCRBY', KEYS[2], 'dead_bytes', -tonumber(oldest[2][#oldest[2]]))
+  bytes = redis.call('HINCRBY', KEYS[2], 'dead_bytes', 0 - tonumber(oldest[2][#oldest[2]]))
   letters = letters - 1
 end
 return 'DEAD'

@@ -33,7 +33,7 @@ from rlhf.queues.deliveries import (
     as_dead_letter,
 )
 from rlhf.queues.keys import QueueKeys, RunKeys
-from rlhf.queues.reader import GroupReader, group_is_missing
+from rlhf.queues.reader import GroupReader, group_is_missing, make_group
 from rlhf.queues.settings import RedisSettings
 
 __all__ = [
@@ -72,6 +72,7 @@ class Queue:
         self._client = client
         self._settings = settings
         self._fence = ""
+        self._made_group = False
         self._readers: dict[str, GroupReader] = {}
         self._lock = threading.Lock()
         self._consuming = threading.Lock()
@@ -95,9 +96,10 @@ class Queue:
         keys = [self.keys.stream, self.keys.counts, self.keys.sizes, self.keys.seen(item_id)]
         args: list[ScriptArgument] = [item_id, payload, *limits, secrets.token_hex(8), *extra]
         try:
+            self._make_group_once()
             return Enqueued(self._patiently(lambda: self._enqueue(keys, args)))
         except redis.ResponseError as error:
-            if "OOM command not allowed" not in str(error):
+            if "command not allowed when used memory" not in str(error):
                 raise
             log.warning("the server's memory is full, so the %s queue takes nothing now (%s)", self.keys.name, error)
             return Enqueued.FULL
@@ -176,6 +178,12 @@ class Queue:
         woken again must not acknowledge what its successor has not trained on.
         """
         self._fence = str(self._patiently(lambda: self._client.incr(self.keys.fence)))
+
+    def _make_group_once(self) -> None:
+        """Before the first entry, because a server whose memory is full makes no group, and so could not be emptied."""
+        if not self._made_group:
+            self._patiently(lambda: make_group(self._client, self.keys, self.group))
+            self._made_group = True
 
     def _check_payload(self, item_id: str, payload: bytes) -> None:
         limit = min(self.max_bytes, MAX_PAYLOAD_BYTES)
