@@ -24,9 +24,7 @@ class RolloutsSettings(Section):
     consumer: str = "worker-0"
     """Stable name of this worker in the consumer group; a restarted worker takes up what it had."""
     prompts_in_flight: PositiveInt = 64
-    """Prompts being worked on at once."""
-    prompts_per_call: PositiveInt = 16
-    """Prompts sent in one Generate, where as many are waiting."""
+    """Prompts being worked on at once, one Generate each: the policy batches them as they come."""
     generate_timeout_s: PositiveFloat = 120.0
     """Deadline of one Generate, its wait in the policy's queue included."""
     score_timeout_s: PositiveFloat = 60.0
@@ -35,3 +33,5 @@ class RolloutsSettings(Section):
     """A prompt is kept this long, and tried again, while a service is away; then it counts as failed."""
     full_timeout_s: PositiveFloat = 3600.0
     """The worker waits this long on a full rollouts stream before it gives up."""
+    grace_s: PositiveFloat = 5.0
+    """Seconds that prompts in hand have to be finished after SIGTERM; what is not stays pending for the next start."""
