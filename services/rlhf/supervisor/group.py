@@ -1,0 +1,129 @@
+"""The processes of step 3 on one machine: what each is called, how it is started, where it listens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from rlhf.settings import Listen
+from rlhf.settings.loader import setting_names, variable
+from rlhf.settings.run import Settings
+from rlhf.supervisor.embedded_redis import EmbeddedRedis
+from rlhf.supervisor.health import is_serving
+from rlhf.supervisor.process import Child, Process
+
+EMBEDDED = "embedded://"
+SERVICES = {
+    "policy": "rlhf.v1.PolicyService",
+    "reward": "rlhf.v1.RewardService",
+    "reference": "rlhf.v1.ReferenceService",
+}
+"""Section (and verb) of each service, and the name that its health goes by."""
+
+
+class RedisChild:
+    """The embedded Redis as a child of the supervisor."""
+
+    name = "redis"
+    address = ""
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        self.log = log
+        self._redis = EmbeddedRedis(folder, log_path=log)
+
+    def start(self) -> None:
+        """Waits until it has loaded its data."""
+        self.address = self._redis.start()
+
+    def pid(self) -> int | None:
+        return self._redis.pid
+
+    def exit_status(self) -> int | None:
+        return None if self._redis.alive() else 1
+
+    def ready(self) -> bool:
+        return self._redis.alive()
+
+    def terminate(self) -> None:
+        pid = self.pid()
+        if pid is not None and self._redis.alive():
+            os.kill(pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._redis.stop(timeout_s=1.0)
+
+
+def stage_process(verb: str, settings: Settings) -> Process:
+    """A stage as a process of its own, on this terminal."""
+    return _process(verb, verb, settings, (), terminal=True)
+
+
+def group(settings: Settings) -> list[Child]:
+    """Everything that `rlhf ppo` needs, and the trainer itself at the end, called "ppo"."""
+    policies = [_service("policy", settings, number) for number in range(settings.run.policies)]
+    reward, reference = _service("reward", settings), _service("reference", settings)
+    children: list[Child] = [*policies, reward, reference]
+    if settings.redis.url == EMBEDDED:
+        children.insert(0, RedisChild(settings.paths.redis, settings.paths.logs / "redis.log"))
+    addresses = {
+        "rollouts.policy": ",".join(policy.address for policy in policies),
+        "rollouts.reward": reward.address,
+        "rollouts.reference": reference.address,
+    }
+    for number in range(settings.run.workers):
+        consumer = f"worker-{number}"
+        children.append(_process(consumer, "rollouts", settings, _set({**addresses, "rollouts.consumer": consumer})))
+    return [*children, stage_process("ppo", settings)]
+
+
+def _service(section: str, settings: Settings, number: int = 0) -> Process:
+    listen: Listen = getattr(settings, section)
+    port = listen.port + number if listen.port else free_port(listen.host)
+    address = f"{reachable(listen.host)}:{port}"
+    own: dict[str, object] = {f"{section}.port": port}
+    name = section
+    if section == "policy":
+        name = f"policy-{number}"
+        advertise = settings.policy.advertise or address
+        own |= {"policy.name": name, "policy.join_run": "true", "policy.advertise": advertise}
+    ready = partial(
+        is_serving, address, SERVICES[section], tls_ca=settings.rollouts.tls_ca if listen.tls_cert else None
+    )
+    process = _process(name, section, settings, _set(own))
+    process.ready, process.address = ready, address
+    return process
+
+
+def _process(name: str, verb: str, settings: Settings, options: tuple[str, ...], *, terminal: bool = False) -> Process:
+    command = [sys.executable, "-m", "rlhf.cli.main", verb, "--config", str(settings.paths.settings), *options]
+    log = settings.paths.logs / f"{name}.log"
+    return Process(name, command, log, environment=child_environment(os.environ), terminal=terminal)
+
+
+def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without the variables of settings: they are in the settings file already, and would win over it."""
+    ours = {variable(name) for name in setting_names()}
+    kept = {name: value for name, value in environment.items() if name not in ours}
+    return {**kept, "PYTHONUNBUFFERED": "1"}
+
+
+def free_port(host: str) -> int:
+    """One that nobody listens on now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def reachable(host: str) -> str:
+    """Where this machine reaches a server that listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(host, host)
+
+
+def _set(values: Mapping[str, object]) -> tuple[str, ...]:
+    return tuple(part for name, value in values.items() for part in ("--set", f"{name}={value}"))

@@ -1,0 +1,115 @@
+"""The end of a run: summary.json, a small table, before/after pairs, and the condition on the judge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rlhf.cli.records import StageRecord
+from rlhf.errors import StageFailed
+from rlhf.models.folders import read_json
+from rlhf.settings.run import Settings
+
+FIGURES: dict[str, tuple[str, ...]] = {
+    "pretrain": ("lm_perplexity_before", "lm_perplexity", "bigram_perplexity"),
+    "reward-model": ("reward_model_accuracy", "length_only_accuracy"),
+    "ppo": ("steps", "rollouts", "stale", "dead"),
+    "evaluate": (
+        *("prompts", "reward_before", "reward_before_interval", "reward_after", "reward_after_interval"),
+        *("judge_before", "judge_before_interval", "judge_after", "judge_after_interval"),
+        *("judge_gain", "judge_gain_interval", "kl", "kl_interval"),
+    ),
+}
+"""By stage, the figures of its record that the summary takes over."""
+
+
+def collect(settings: Settings) -> dict[str, Any]:
+    """`FIGURES` of the stages that this run has, and `seconds` by stage."""
+    summary: dict[str, Any] = {"run": settings.run.name}
+    seconds: dict[str, float] = {}
+    for stage in settings.run.stages:
+        record = StageRecord.read(settings.paths.stages, stage)
+        if record is None:
+            raise StageFailed(f"{stage} has left no record in {settings.paths.stages}; run it again")
+        seconds[stage] = record.seconds
+        summary |= {name: record.figures[name] for name in FIGURES.get(stage, ()) if name in record.figures}
+    return {**summary, "seconds": {**seconds, "total": round(sum(seconds.values()), 2)}}
+
+
+def show(summary: Mapping[str, Any], settings: Settings, console: Console) -> None:
+    console.print()
+    console.print(_table(summary))
+    if "evaluate" in settings.run.stages:
+        for pair in _pairs(settings):
+            console.print(f"\nprompt  {pair['prompt']}", highlight=False, markup=False)
+            console.print(f"before  {pair['before']}", highlight=False, markup=False)
+            console.print(f"after   {pair['after']}", highlight=False, markup=False)
+    report = settings.paths.report if "report" in settings.run.stages else settings.paths.summary
+    console.print(f"\n{report}", highlight=False, markup=False, soft_wrap=True)
+
+
+def check_gain(summary: Mapping[str, Any], settings: Settings) -> None:
+    """
+    Raises:
+        StageFailed: `run.min_judge_gain` is set and not met.
+    """
+    least = settings.run.min_judge_gain
+    if least is None:
+        return
+    if "judge_gain_interval" not in summary:
+        raise StageFailed("run.min_judge_gain is set, but no stage of the run has measured the judge's score")
+    gain, (low, high) = summary["judge_after"] - summary["judge_before"], summary["judge_gain_interval"]
+    if gain < least or low <= 0:
+        raise StageFailed(
+            f"the judge's score rose by {gain:.3f} (95 % interval {low:.3f} to {high:.3f}), but run.min_judge_gain "
+            f"asks for at least {least:g} with the interval above 0; see {settings.paths.report}"
+        )
+
+
+def _table(summary: Mapping[str, Any]) -> Table:
+    table = Table(title=f"run {summary['run']}", title_justify="left")
+    table.add_column("")
+    for column in ("before", "after", "to compare with"):
+        table.add_column(column, justify="right")
+    for row in _rows(summary):
+        table.add_row(*row)
+    return table
+
+
+def _rows(summary: Mapping[str, Any]) -> Iterable[tuple[str, str, str, str]]:
+    if "lm_perplexity" in summary:
+        before, bigram = summary.get("lm_perplexity_before"), summary.get("bigram_perplexity")
+        compare = "" if bigram is None else f"bigram model {bigram:.1f}"
+        yield "perplexity (pretraining)", _number(before, 1), _number(summary["lm_perplexity"], 1), compare
+    if "reward_model_accuracy" in summary:
+        compare = f"length alone {_number(summary.get('length_only_accuracy'), 3)}"
+        yield "reward model's accuracy", "", _number(summary["reward_model_accuracy"], 3), compare
+    for name, label in (("reward", "reward"), ("judge", "judge's score")):
+        if f"{name}_after" in summary:
+            gain = summary.get(f"{name}_gain_interval")
+            compare = "" if gain is None else f"gain {gain[0]:.3f} to {gain[1]:.3f}"
+            yield label, _with_interval(summary, f"{name}_before"), _with_interval(summary, f"{name}_after"), compare
+    if "kl" in summary:
+        yield "KL to the initial policy", "", _with_interval(summary, "kl"), ""
+    if "rollouts" in summary:
+        yield "rollouts", "", str(summary["rollouts"]), ""
+    for stage, seconds in summary["seconds"].items():
+        yield f"seconds: {stage}", "", f"{seconds:.0f}", ""
+
+
+def _with_interval(summary: Mapping[str, Any], name: str) -> str:
+    interval = summary.get(f"{name}_interval")
+    beside = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
+    return _number(summary.get(name), 3) + beside
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _pairs(settings: Settings) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = read_json(settings.paths.evaluation)["pairs"]
+    return found[: settings.evaluate.pairs]
