@@ -94,10 +94,11 @@ def test_rollouts_of_another_run_are_not_ours():
 def test_dead_prompts_go_out_again_until_they_are_abandoned():
     ledger = new_ledger(max_failures=2)
     issued(ledger)
-    assert ledger.mark_dead("run-1/0/0", "it raised")
-    assert not ledger.mark_dead("run-1/0/0", "told twice")
+    assert ledger.mark_dead("run-1/0/0", "it raised") is Verdict.DEAD
+    assert ledger.mark_dead("run-1/0/0", "told twice") is Verdict.KNOWN
+    assert ledger.mark_dead("run-1/9/0", "not issued yet") is Verdict.EARLY
     assert issued(ledger) == [Issue(0, 1)]
-    assert ledger.mark_dead("run-1/0/1", "it raised again")
+    assert ledger.mark_dead("run-1/0/1", "it raised again") is Verdict.DEAD
     assert ledger.abandoned == {0: "it raised again"}
     assert issued(ledger) == [Issue(2, 0)], "the next prompt takes its place"
 
@@ -120,6 +121,14 @@ def test_a_restart_goes_on_in_a_new_epoch_and_knows_the_undone_future():
     assert restored.judge(made(3, step=1, epoch=1)) is Verdict.TRAIN
     assert restored.judge(made(0, step=0)) is Verdict.KNOWN
     assert restored.trained == {"run-1/0/0": 0, "run-1/1/0": 0}
+
+
+def test_what_an_undone_future_had_issued_is_early():
+    ledger = new_ledger()
+    assert ledger.judge(made(0)) is Verdict.EARLY
+    issued(ledger)
+    assert ledger.judge(made(0)) is Verdict.TRAIN
+    assert ledger.judge(made(0, attempt=1)) is Verdict.EARLY
 
 
 def test_an_epoch_is_never_used_twice():

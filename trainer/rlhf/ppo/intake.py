@@ -46,6 +46,9 @@ class Intake:
         self._buffer: dict[str, Rollout] = {}
         self._held: dict[str, Delivery] = {}
         """By entry id: every delivery not acknowledged yet."""
+        self._early: dict[str, tuple[Rollout, Delivery]] = {}
+        self._letters: dict[str, str] = {}
+        """Reasons of dead letters whose prompts this ledger has not issued yet, by rollout id."""
         self._settled: set[str] = set()
         """Entry ids of those whose outcome is in the ledger, and can be acknowledged once that is durable."""
         self._dead_letters_after = "0-0"
@@ -74,7 +77,7 @@ class Intake:
         deadline = time.monotonic() + self.timeout_s
         while len(self._fresh()) < count:
             self.keep_going()
-            if self._take(self.rollouts.consume(self.consumer, count=64, block_s=POLL_S)):
+            if self._take(self.rollouts.consume(self.consumer, count=64, block_s=POLL_S)) + self._reconsider():
                 deadline = time.monotonic() + self.timeout_s
             self._watch_dead_letters()
             self._check_abandoned(abandoned_before, count)
@@ -97,6 +100,20 @@ class Intake:
         settled = [self._held.pop(entry_id) for entry_id in self._settled]
         self._settled.clear()
         return self.rollouts.acknowledge(settled) if settled else 0
+
+    def drain(self, timeout_s: float) -> None:
+        """After the last step: settle what restarts left over, until both streams are empty."""
+        deadline = time.monotonic() + timeout_s
+        while self.prompts.depth().entries or self.rollouts.depth().entries > len(self._held):
+            self._take(self.rollouts.consume(self.consumer, count=64, block_s=POLL_S))
+            if time.monotonic() > deadline:
+                log.warning("the streams still hold entries that no step needs; `rlhf audit` will show them")
+                break
+        for rollout in [*self._buffer.values(), *(rollout for rollout, _ in self._early.values())]:
+            self.ledger.mark_unused(rollout)
+        self._buffer.clear()
+        self._early.clear()
+        self._settled = set(self._held)
 
     def _fresh(self) -> dict[str, Rollout]:
         """The buffer without what has become stale in it."""
@@ -122,6 +139,9 @@ class Intake:
 
     def _sort_in(self, rollout: Rollout, delivery: Delivery) -> bool:
         verdict = self.ledger.judge(rollout)
+        if verdict is Verdict.EARLY:
+            self._early[rollout.rollout_id] = (rollout, delivery)
+            return False
         if verdict is Verdict.TRAIN and rollout.rollout_id not in self._buffer:
             self._buffer[rollout.rollout_id] = rollout
             return True
@@ -131,16 +151,26 @@ class Intake:
         self._settled.add(delivery.entry_id)
         return False
 
+    def _reconsider(self) -> int:
+        """Sort in what was early. How many of them can be trained on."""
+        early, self._early = self._early, {}
+        return sum(self._sort_in(rollout, delivery) for rollout, delivery in early.values())
+
     def _reject(self, delivery: Delivery, reason: str) -> None:
         log.warning("rollout %s %s", delivery.item_id, reason)
         self.rollouts.dead_letter(delivery, reason)
-        self.ledger.mark_dead(delivery.item_id, reason)
+        self._letters[delivery.item_id] = reason
 
     def _watch_dead_letters(self) -> None:
         for letter in self.prompts.dead_letters(self._dead_letters_after):
             self._dead_letters_after = letter.id
-            if self.ledger.mark_dead(letter.item_id, letter.reason):
-                log.warning("prompt %s failed: %s", letter.item_id, letter.reason)
+            self._letters[letter.item_id] = letter.reason
+        for rollout_id, reason in list(self._letters.items()):
+            verdict = self.ledger.mark_dead(rollout_id, reason)
+            if verdict is not Verdict.EARLY:
+                del self._letters[rollout_id]
+            if verdict is Verdict.DEAD:
+                log.warning("%s failed and goes out again: %s", rollout_id, reason)
 
     def _check_abandoned(self, before: int, count: int) -> None:
         abandoned = len(self.ledger.abandoned) - before

@@ -31,6 +31,11 @@ class Verdict(Enum):
     """From weights that are too old, or that are no ancestor of the present ones."""
     KNOWN = "known"
     """Its id has an outcome already, or was issued again since: nothing to do but acknowledge."""
+    DEAD = "dead"
+    """Of a dead letter: counted, and its prompt goes out again or was abandoned."""
+    EARLY = "early"
+    """Its prompt has not been issued yet. Only after a restart: the future that was undone had issued it, and this one
+    will, under the same id, which the stream then recognises as sent already. So keep the rollout until it does."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,11 @@ class Ledger:
             return issue
 
     def judge(self, rollout: Rollout) -> Verdict:
-        if self.outstanding.get(rollout.prompt_index) != rollout.attempt or rollout.run_id != self.lineage.run_id:
+        if rollout.run_id != self.lineage.run_id:
+            return Verdict.KNOWN
+        if self._is_early(rollout.prompt_index, rollout.attempt):
+            return Verdict.EARLY
+        if self.outstanding.get(rollout.prompt_index) != rollout.attempt:
             return Verdict.KNOWN
         versions = rollout.versions
         fresh = all(self.lineage.contains(version) for version in versions)
@@ -155,12 +164,25 @@ class Ledger:
             self.stale.append(rollout.rollout_id)
             self._issue_again(rollout.prompt_index, rollout.attempt)
 
-    def mark_dead(self, rollout_id: str, reason: str) -> bool:
-        """Issue the prompt of a dead letter again, or abandon it. False: not this ledger's, or known already."""
+    def mark_unused(self, rollout: Rollout) -> None:
+        """Count a rollout that came too late for any step, or was early for one that never came."""
+        if rollout.rollout_id not in self.stale:
+            self.stale.append(rollout.rollout_id)
+
+    def mark_dead(self, rollout_id: str, reason: str) -> Verdict:
+        """Issue the prompt of a dead letter again, or abandon it.
+
+        Returns:
+            DEAD where that was done, KNOWN where it had been, EARLY where it is to be told again later.
+        """
         run_id, prompt_index, attempt = _parse(rollout_id)
         with self.changed:
-            if run_id != self.lineage.run_id or self.outstanding.get(prompt_index) != attempt:
-                return False
+            if run_id != self.lineage.run_id:
+                return Verdict.KNOWN
+            if self._is_early(prompt_index, attempt):
+                return Verdict.EARLY
+            if self.outstanding.get(prompt_index) != attempt:
+                return Verdict.KNOWN
             self.dead[rollout_id] = reason
             self.failures[prompt_index] = self.failures.get(prompt_index, 0) + 1
             if self.failures[prompt_index] < self.max_failures:
@@ -170,7 +192,7 @@ class Ledger:
                 del self.failures[prompt_index]
                 self.abandoned[prompt_index] = reason
                 self.changed.notify_all()
-            return True
+            return Verdict.DEAD
 
     def send_again(self) -> int:
         """Send everything outstanding once more, at the same attempt; returns how many.
@@ -181,6 +203,9 @@ class Ledger:
             self._to_send = deque(Issue(index, attempt) for index, attempt in sorted(self.outstanding.items()))
             self.changed.notify_all()
             return len(self._to_send)
+
+    def _is_early(self, prompt_index: int, attempt: int) -> bool:
+        return prompt_index >= self.cursor or attempt > self.outstanding.get(prompt_index, attempt)
 
     def _issue_again(self, prompt_index: int, attempt: int) -> None:
         self.outstanding[prompt_index] = attempt + 1

@@ -51,6 +51,7 @@ from rlhf.wire.records import Rollout
 
 log = logging.getLogger(__name__)
 
+DRAIN_TIMEOUT_S = 30.0
 STOPPED = 143
 """Exit status after SIGTERM: not finished, and ready to go on."""
 
@@ -117,6 +118,9 @@ class Trainer:
             while self.ledger.trained_steps < self.settings.ppo.steps:
                 figures = self._step()
                 bar.advance(1, score=figures["score_mean"], kl=figures["kl_mean"], entropy=figures["entropy"])
+            self.doing = "finishing"
+            self.intake.drain(DRAIN_TIMEOUT_S)
+            self._checkpoint()
         return self._finish()
 
     def _step(self) -> dict[str, float]:
@@ -161,7 +165,7 @@ class Trainer:
             self.intake.unacknowledged_bytes > redis.max_mib * 2**20 // 2
             or self.intake.unacknowledged_entries > redis.max_entries // 2
         )
-        return steps % ppo.checkpoint_every == 0 or steps == ppo.steps or crowded
+        return steps % ppo.checkpoint_every == 0 or crowded
 
     def _checkpoint(self) -> None:
         self.doing = "saving a checkpoint"

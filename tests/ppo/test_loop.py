@@ -1,0 +1,205 @@
+"""The trainer against a real Redis: to the end, through failures, and through kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rlhf.errors import DataError, DeadlineExceeded, ModelError, SettingsError, StageFailed
+from rlhf.models.causal import load_causal_lm
+from rlhf.ppo import audit, loop
+from rlhf.ppo.checkpoint import checkpoints
+from rlhf.queues.connection import connect
+from rlhf.settings.run import Settings
+from support.answering import AnsweringWorker
+from support.tiny import tiny_lm_folder, tiny_reward_folder
+
+
+@pytest.fixture
+def settings(tmp_path, run_name, redis_settings):
+    made = Settings.model_validate(
+        {
+            "run": {"name": run_name, "folder": tmp_path},
+            "redis": redis_settings.model_dump(),
+            "ppo": {
+                "steps": 6,
+                "batch_prompts": 4,
+                "epochs": 1,
+                "completions": 2,
+                "checkpoint_every": 2,
+                "sample_every": 3,
+                "rollout_timeout_s": 20.0,
+                "threads": 1,
+            },
+            "sampling": {"max_new_tokens": 8},
+        }
+    )
+    tiny_lm_folder(made.paths.pretrained)
+    tiny_reward_folder(made.paths.reward_model)
+    write_prompts(made, ["A fine", "The plot", "I liked"])
+    return made
+
+
+def write_prompts(settings, prompts):
+    settings.paths.prompts.parent.mkdir(parents=True, exist_ok=True)
+    settings.paths.prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+
+
+def changed(settings, **ppo):
+    return settings.model_copy(update={"ppo": settings.ppo.model_copy(update=ppo)})
+
+
+@pytest.fixture
+def worker(settings):
+    fails = {"rule": lambda task: None}
+    answering = AnsweringWorker(connect(settings), settings.run.name, settings.redis, lambda task: fails["rule"](task))
+    answering.fail_by = lambda rule: fails.update(rule=rule)
+    answering.start()
+    yield answering
+    answering.stop()
+
+
+def metrics(settings):
+    return [json.loads(line) for line in settings.paths.metrics.read_text().splitlines()]
+
+
+def test_a_run_from_start_to_end(settings, worker):
+    figures = loop.run(settings)
+    assert (figures["steps"], figures["rollouts"], figures["dead"]) == (6, 24, 0)
+    assert [row["step"] for row in metrics(settings)] == [1, 2, 3, 4, 5, 6]
+    assert all(row["first_ratio_error"] == 0.0 for row in metrics(settings))
+    assert [path.name for path in checkpoints(settings.paths.checkpoints)] == ["4", "6"]
+    assert [path.name for path in sorted(settings.paths.sample_tables.iterdir())] == [
+        "step-000003.jsonl",
+        "step-000006.jsonl",
+    ]
+    trained, start = load_causal_lm(settings.paths.policy), load_causal_lm(settings.paths.pretrained)
+    moved = [not a.equal(b) for a, b in zip(trained.parameters(), start.parameters(), strict=True)]
+    assert any(moved)
+    assert audit.run(settings)["trained"] == 24
+    again = loop.run(settings)
+    assert again["rollouts"] == 24, "a finished run has nothing more to do"
+
+
+def test_failed_prompts_go_out_again_and_the_audit_counts_them(settings, worker):
+    worker.fail_by(lambda task: "it raised" if task.prompt_index % 5 == 0 and task.attempt == 0 else None)
+    figures = loop.run(settings)
+    assert figures["rollouts"] == 24
+    assert figures["dead"] > 0
+    assert audit.run(settings)["dead"] == figures["dead"]
+
+
+def test_a_rule_that_always_fails_ends_the_run_with_its_reason(settings, worker):
+    worker.fail_by(lambda task: "rule my.py:score raised ValueError")
+    with pytest.raises(StageFailed, match=r"prompts failed.*my\.py:score raised ValueError"):
+        loop.run(settings)
+
+
+def test_without_workers_the_wait_has_an_end(settings):
+    with pytest.raises(DeadlineExceeded, match="the step has 0 of 4"):
+        loop.run(changed(settings, rollout_timeout_s=1.5))
+
+
+def test_stale_rollouts_are_counted_and_issued_again(settings, worker):
+    """Workers that answer with weights from before the last publish, once per prompt."""
+    current = worker.registry.current
+    first = {}
+
+    def older():
+        found = current()
+        first.setdefault("current", found)
+        return first["current"] if worker.random.random() < 0.3 else found
+
+    worker.registry.current = older
+    figures = loop.run(settings)
+    assert figures["rollouts"] == 24
+    assert figures["stale"] > 0
+    assert audit.run(settings)["stale"] == figures["stale"]
+
+
+def start_trainer(settings):
+    settings.paths.folder.mkdir(parents=True, exist_ok=True)
+    config = settings.paths.folder / "run.json"
+    config.write_text(settings.model_dump_json())
+    code = (
+        "import sys; from rlhf.settings.run import Settings; from rlhf.ppo import loop; "
+        "loop.run(Settings.model_validate_json(open(sys.argv[1]).read()))"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, str(config)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def wait_for_step(settings, step, timeout_s=60.0):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if settings.paths.metrics.exists() and len(metrics(settings)) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def test_killed_trainers_go_on_with_nothing_trained_twice(settings, worker):
+    settings = changed(settings, steps=12, checkpoint_every=4)
+    for step in (3, 6):
+        trainer = start_trainer(settings)
+        wait_for_step(settings, step)
+        trainer.kill()
+        trainer.wait()
+    assert start_trainer(settings).wait(timeout=90) == 0
+    counts = audit.run(settings)
+    assert counts["trained"] == 48
+    assert counts["outstanding"] == 0
+
+
+def test_sigterm_saves_and_says_that_it_is_not_finished(settings, worker):
+    settings = changed(settings, steps=1000, checkpoint_every=1000)
+    trainer = start_trainer(settings)
+    wait_for_step(settings, 3)
+    trainer.send_signal(signal.SIGTERM)
+    assert trainer.wait(timeout=20) == loop.STOPPED
+    assert int(checkpoints(settings.paths.checkpoints)[-1].name) >= 3
+
+
+def test_an_altered_checkpoint_is_refused(settings, worker):
+    loop.run(settings)
+    tensors = checkpoints(settings.paths.checkpoints)[-1] / "tensors.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1
+    tensors.write_bytes(content)
+    with pytest.raises(ModelError, match="altered"):
+        loop.run(settings)
+
+
+def test_the_audit_finds_a_rollout_trained_twice_and_a_missing_one(settings, worker):
+    loop.run(settings)
+    rows = audit.read_log(settings.paths.trained)
+    rows[1]["rollout_ids"][0] = rows[0]["rollout_ids"][0]
+    settings.paths.trained.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(StageFailed, match="trained twice"):
+        audit.run(settings)
+
+
+def test_two_trainers_on_one_folder_are_refused(settings, worker):
+    with loop._only_trainer(settings.paths.checkpoints), pytest.raises(StageFailed, match="another trainer"):
+        loop.run(settings)
+
+
+def test_a_prompt_longer_than_the_context_is_named(settings):
+    write_prompts(settings, ["A fine", "long " * 200])
+    with pytest.raises(DataError, match=r"prompt 2 has \d+ tokens"):
+        loop.run(settings)
+
+
+def test_a_stream_too_small_for_a_batch_is_refused(settings):
+    small = settings.model_copy(update={"redis": settings.redis.model_copy(update={"max_entries": 6})})
+    with pytest.raises(SettingsError, match=r"redis\.max_entries: 6 is too small"):
+        loop.run(small)
+
+
+def test_staleness_lets_generation_run_ahead(settings, worker):
+    settings = changed(settings, max_staleness=1, old_logprobs="service")
+    assert loop.run(settings)["rollouts"] == 24
+    assert audit.run(settings)["trained"] == 24
