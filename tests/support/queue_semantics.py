@@ -19,6 +19,7 @@ from rlhf.queues.settings import RedisSettings
 from rlhf.queues.streams import Enqueued, Failed, Queue, rollouts_queue
 from rlhf.supervisor.embedded_redis import EmbeddedRedis
 from support.proxy import Proxy
+from support.queue_torture import torture
 
 MakeQueue = Callable[..., Queue]
 
@@ -32,6 +33,8 @@ def assert_conserved(queue: Queue) -> None:
 
 class QueueSemantics:
     """Needs a fixture `server`: an EmbeddedRedis that runs."""
+
+    torture_kills = 6
 
     @pytest.fixture
     def settings(self, server: EmbeddedRedis) -> RedisSettings:
@@ -354,3 +357,16 @@ class QueueSemantics:
             assert proxy.lost == 2
             assert queue.counts().acknowledged == 1
             assert_conserved(queue)
+
+    def test_nothing_is_lost_or_doubled_when_the_server_is_killed(self, server: EmbeddedRedis, make: MakeQueue) -> None:
+        def make_patient() -> Queue:
+            return make(reclaim_idle_s=5.0, max_entries=200)
+
+        ledger = torture(server, make_patient, kills=self.torture_kills, every_s=0.25, seed=1)
+        assert ledger.errors == []
+        assert len(ledger.confirmed) > 100
+        assert set(ledger.effects) == ledger.confirmed
+        assert set(ledger.effects.values()) == {1}, "a repeated delivery says that it is one"
+        depth = make().depth()
+        assert (depth.entries, depth.bytes, depth.pending) == (0, 0, 0)
+        assert (depth.counts.added, depth.counts.acknowledged) == (len(ledger.confirmed), len(ledger.confirmed))
