@@ -14,7 +14,7 @@ class PolicySettings(Compute, Listen):
     model: Path | None = None
     """Folder of a causal language model with its tokenizer. None: the newest of the run's sft/ and pretrained/."""
     join_run: bool = False
-    """Register in Redis as a replica of the run and follow its current weights. Without it the service needs no Redis."""
+    """Register in Redis as a replica of the run and follow its current weights. Without it, no Redis is needed."""
     name: str = "policy-0"
     """Stable name of this replica."""
     advertise: str = ""
