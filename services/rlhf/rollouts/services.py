@@ -143,14 +143,11 @@ def sequences(task: PromptTask, completions: Sequence[Completion]) -> list[Token
 
 
 def _check_completion(completion: Completion, index: int, task: PromptTask) -> None:
-    logprobs, count = completion.logprobs, len(completion.token_ids)
+    """What `from_completion` has not checked: it knows neither the task nor that a rollout needs log-probs."""
+    mode = completion.logprob_mode
     _expect(completion.completion_index == index, "policy", "completions out of order", task)
-    _expect(count > 0, "policy", "a completion without tokens", task)
-    _expect(completion.logprob_mode is LogprobMode.TEMPERATURE, "policy", f"{completion.logprob_mode} log-probs", task)
-    _expect(logprobs is not None and bool(np.isfinite(logprobs).all()), "policy", "a log-prob not finite", task)
-    ends = [0, *(span.end for span in completion.versions)]
-    covered = ends[-1] == count and all(s.start == e for s, e in zip(completion.versions, ends[:-1], strict=True))
-    _expect(covered, "policy", "version spans that do not cover its tokens", task)
+    _expect(len(completion.token_ids) > 0, "policy", "a completion without tokens", task)
+    _expect(mode is LogprobMode.TEMPERATURE, "policy", f"log-probs of mode {mode.name}", task)
 
 
 def _expect(holds: bool, service: str, got: str, task: PromptTask) -> None:
