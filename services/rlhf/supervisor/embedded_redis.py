@@ -28,6 +28,7 @@ from redis.retry import Retry
 
 from rlhf.errors import RedisUnsuitable, StorageError, Unavailable
 from rlhf.queues.connection import OLDEST_SERVER
+from rlhf.supervisor.process import dying_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -179,6 +180,8 @@ class EmbeddedRedis:
             "daemonize": "no",
         }
         command = [server.path, *(part for name, value in options.items() for part in (f"--{name}", value))]
+        # SIGTERM at the supervisor's death: Redis writes its file and goes.
+        command = dying_with_parent(command, signal.SIGTERM)
         # LC_ALL: Redis 7 ends at once on a locale that is not installed. Own session: Ctrl-C is for the supervisor,
         # which stops Redis last.
         with self.log_path.open("ab") as output:
