@@ -1,0 +1,284 @@
+"""The report's figures, as SVG in data URIs. One look for all: thin axes, labelled units, the same colour for the same
+thing, and no drawing where there is nothing to see."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from rlhf.evaluate.results import Pair
+
+BEFORE, AFTER, ACCENT = "#98a2b3", "#1d5fa8", "#c2571a"
+_INK, _FAINT = "#344054", "#e4e7ec"
+_PHASES = ("#1d5fa8", "#7fb0e0", "#c2571a", "#eab38b", "#4d7c5b", "#a9c9b2", "#98a2b3", "#d0d5dd")
+_SIZE = (3.7, 2.3)
+_SMOOTH_FROM = 80
+
+_LOOK: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "text.color": _INK,
+    "axes.edgecolor": "#c3c9d3",
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.8,
+    "xtick.color": "#667085",
+    "ytick.color": "#667085",
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    # Without a salt of its own every drawing would get other ids, and the same run another report.
+    "svg.hashsalt": "rlhf",
+}
+
+Metrics = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    title: str
+    image: str
+    """A data URI."""
+    caption: str
+    alt: str
+    """What it shows, for those who do not see it."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A learning curve: what is drawn, from which fields of the metrics."""
+
+    title: str
+    unit: str
+    caption: str
+    fields: Mapping[str, str]
+    """Field to label; one curve each."""
+
+
+CURVES = (
+    Curve(
+        "Reward",
+        "mean per completion",
+        "What the reward model gives, and what is left after the KL penalty.",
+        {"score_mean": "score", "reward_mean": "score − KL penalty"},
+    ),
+    Curve(
+        "KL to the initial policy",
+        "nats per completion",
+        "How far the policy has moved, summed over a completion's tokens.",
+        {"kl_mean": "KL"},
+    ),
+    Curve("KL coefficient", "", "Weight of the KL penalty.", {"kl_coef": "coefficient"}),
+    Curve(
+        "Entropy", "nats per token", "How undecided the policy is; 0 would be a single answer.", {"entropy": "entropy"}
+    ),
+    Curve(
+        "Clip fraction",
+        "share of tokens",
+        "Tokens whose probability moved further than PPO's clip range in one step.",
+        {"clip_fraction": "clip fraction"},
+    ),
+    Curve(
+        "Value loss", "squared error", "Of the critic, in units of the reward squared.", {"value_loss": "value loss"}
+    ),
+    Curve(
+        "Explained variance",
+        "1 = perfect",
+        "Share of the returns' variance that the critic foresaw.",
+        {"explained_variance": "explained variance"},
+    ),
+    Curve("Response length", "tokens", "Mean over the completions of a step.", {"response_tokens_mean": "length"}),
+    Curve("Ended by itself", "share", "Completions with an end token within the limit.", {"ended_fraction": "ended"}),
+    Curve(
+        "Staleness",
+        "steps",
+        "Age of the weights behind the rollouts of a step.",
+        {"staleness_mean": "mean", "staleness_max": "oldest"},
+    ),
+)
+
+
+def learning_curves(metrics: Metrics) -> tuple[list[Plot], dict[str, float]]:
+    """A plot of each curve that the metrics have and that moves; of the others, title and value."""
+    plots, constant = [], {}
+    for curve in CURVES:
+        series = {label: _series(metrics, field) for field, label in curve.fields.items()}
+        series = {label: drawn for label, drawn in series.items() if len(drawn[0])}
+        values = np.concatenate([drawn[1] for drawn in series.values()]) if series else np.zeros(0)
+        if len(values) and np.ptp(values) == 0:
+            constant[curve.title] = float(values[0])
+        elif len(values):
+            plots.append(_curve_plot(curve, series))
+    return plots, constant
+
+
+def seconds_by_phase(metrics: Metrics) -> Plot | None:
+    """Fields `seconds_<phase>` stacked, the longest phase below."""
+    names = {name for row in metrics for name, value in row.items() if name.startswith("seconds_") and value}
+    phases = {name: [float(row.get(name) or 0.0) for row in metrics] for name in names}
+    longest_first = sorted(phases, key=lambda name: (-sum(phases[name]), name))
+    if not longest_first:
+        return None
+    with matplotlib.rc_context(_LOOK):
+        figure, axes = _axes("step", "s per step")
+        steps = [row["step"] for row in metrics]
+        labels = [name.removeprefix("seconds_").replace("_", " ") for name in longest_first]
+        _stack(axes, steps, {label: phases[name] for label, name in zip(labels, longest_first, strict=True)})
+        axes.margins(x=0.02)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _legend(axes, len(labels))
+        totals = ", ".join(
+            f"{label} {sum(phases[name]):.0f} s" for name, label in zip(longest_first, labels, strict=True)
+        )
+        return Plot("Where the time goes", _svg(figure), f"In total: {totals}.", f"Seconds by phase: {totals}")
+
+
+def judge_distribution(pairs: Sequence[Pair]) -> Plot:
+    before, after = _column(pairs, "judge_before"), _column(pairs, "judge_after")
+    with matplotlib.rc_context(_LOOK):
+        figure, axes = _axes("judge's score", "prompts")
+        edges = np.histogram_bin_edges(np.concatenate([before, after]), bins=20)
+        middles, width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
+        for offset, values, colour, label in ((-0.21, before, BEFORE, "before"), (0.21, after, AFTER, "after")):
+            counts, _ = np.histogram(values, edges)
+            axes.bar(middles + offset * width, counts, width=0.42 * width, color=colour, label=label)
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        _legend(axes, 2)
+        alt = f"Mean {before.mean():.2f} before and {after.mean():.2f} after"
+        return Plot("Judge's scores", _svg(figure), "Held-out prompts by the judge's score of the whole text.", alt)
+
+
+def reward_against_judge(pairs: Sequence[Pair]) -> Plot:
+    """Change of the reward against change of the judge's score: reward without judge is over-optimisation."""
+    reward = _column(pairs, "reward_after") - _column(pairs, "reward_before")
+    judge = _column(pairs, "judge_after") - _column(pairs, "judge_before")
+    with matplotlib.rc_context(_LOOK):
+        figure, axes = _axes("change of reward", "change of judge's score")
+        axes.axhline(0, color="#98a2b3", linewidth=0.9)
+        axes.axvline(0, color="#98a2b3", linewidth=0.9)
+        axes.scatter(reward, judge, s=13, color=AFTER, alpha=0.45, linewidths=0)
+        axes.scatter(
+            [reward.mean()], [judge.mean()], s=46, color=ACCENT, edgecolors="white", linewidths=1.2, label="mean"
+        )
+        _legend(axes, 1)
+        gamed = float(np.mean((reward > 0) & (judge < 0)))
+        caption = f"One dot a prompt. Reward up while the judge went down: {gamed:.0%} of the prompts."
+        alt = f"Mean change of reward {reward.mean():.2f}, of the judge's score {judge.mean():.2f}"
+        return Plot("Does the reward carry over?", _svg(figure), caption, alt)
+
+
+def calibration(predicted: Sequence[float], observed: Sequence[float], counts: Sequence[float]) -> Plot:
+    """
+    Args:
+        predicted, observed, counts: [bins]: mean predicted probability that the first of two completions was preferred,
+            share that was, and number of pairs.
+    """
+    with matplotlib.rc_context(_LOOK):
+        figure, axes = _axes("predicted probability", "share preferred")
+        axes.plot([0, 1], [0, 1], color="#98a2b3", linewidth=1, linestyle=(0, (4, 3)), label="perfect")
+        sizes = 14 + 110 * np.asarray(counts, float) / max(max(counts), 1)
+        axes.plot(predicted, observed, color=AFTER, linewidth=1.2, alpha=0.6)
+        axes.scatter(
+            predicted,
+            observed,
+            s=sizes,
+            color=AFTER,
+            edgecolors="white",
+            linewidths=0.8,
+            label="held-out pairs",
+            zorder=3,
+        )
+        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        _legend(axes, 2)
+        caption = "Larger dots hold more pairs; on the dashed line probabilities mean what they say."
+        return Plot("Reward model's calibration", _svg(figure), caption, "Predicted against observed preferences")
+
+
+def _curve_plot(curve: Curve, series: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> Plot:
+    with matplotlib.rc_context(_LOOK):
+        figure, axes = _axes("step", curve.unit)
+        for (label, (steps, values)), colour in zip(series.items(), (AFTER, ACCENT), strict=False):
+            _draw(axes, steps, values, colour, label)
+        if curve.unit.startswith("share"):
+            axes.set_ylim(bottom=0)
+        axes.margins(x=0.02)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(series) > 1:
+            _legend(axes, len(series))
+        ends = ", ".join(f"{label} from {values[0]:.3g} to {values[-1]:.3g}" for label, (_, values) in series.items())
+        return Plot(curve.title, _svg(figure), curve.caption, f"{curve.title}: {ends}")
+
+
+def _draw(axes: Axes, steps: NDArray[Any], values: NDArray[Any], colour: str, label: str) -> None:
+    """The values; where there are many, faint ones under their moving average."""
+    if len(values) < _SMOOTH_FROM:
+        axes.plot(steps, values, color=colour, label=label, marker="o" if len(values) == 1 else None, markersize=4)
+        return
+    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.9)
+    width = len(values) // 40 * 2 + 1
+    ones = np.ones(width)
+    smooth = np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
+    axes.plot(steps, smooth, color=colour, label=label)
+
+
+def _stack(axes: Axes, steps: Sequence[int], series: Mapping[str, Sequence[float]]) -> None:
+    """One bar a step; where there are many, areas."""
+    colours = [_PHASES[number % len(_PHASES)] for number in range(len(series))]
+    if len(steps) >= _SMOOTH_FROM:
+        axes.stackplot(steps, list(series.values()), labels=list(series), colors=colours, linewidth=0)
+        return
+    bottom = np.zeros(len(steps))
+    for (label, values), colour in zip(series.items(), colours, strict=True):
+        axes.bar(steps, values, bottom=bottom, width=0.86, label=label, color=colour)
+        bottom += values
+
+
+def _series(metrics: Metrics, field: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Steps and values of the rows that have a finite value."""
+    drawn = [(row["step"], float(row[field])) for row in metrics if isinstance(row.get(field), int | float)]
+    drawn = [(step, value) for step, value in drawn if np.isfinite(value)]
+    return np.array([step for step, _ in drawn]), np.array([value for _, value in drawn])
+
+
+def _column(pairs: Sequence[Pair], name: str) -> NDArray[Any]:
+    return np.array([getattr(pair, name) for pair in pairs])
+
+
+def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.subplots()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    return figure, axes
+
+
+def _legend(axes: Axes, entries: int) -> None:
+    """Above the axes, where it covers no data."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=min(entries, 4), handlelength=1.2, borderaxespad=0.2)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
