@@ -21,8 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlhf.errors import RequestError
-from rlhf.wire.records import LogprobMode, Sampling, Stopping, Tokens
+from rlhf.wire.records import LogprobMode, Sampling, Tokens
 
 SEEDS = 2**64
 _LARGEST_BELOW_ONE = 1.0 - 2.0**-52
@@ -216,31 +215,3 @@ def _marked(token_ids: Sequence[Sequence[int] | Tokens], vocab_size: int, device
 def _changes_more_than_temperature(row: SamplerRow) -> bool:
     s = row.sampling
     return bool(s.top_k or s.top_p < 1 or s.min_p > 0 or s.repetition_penalty != 1 or row.min_new_tokens)
-
-
-def check_sampling(sampling: Sampling, stopping: Stopping, vocab_size: int) -> None:
-    """
-    Raises:
-        RequestError: a number is out of range; names it, the rule and the value.
-    """
-    temperature = sampling.temperature
-    rules = [
-        ("temperature", temperature, temperature == 0 or 1e-3 <= temperature < np.inf, "0, or at least 0.001"),
-        ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "in (0, 1]"),
-        ("min_p", sampling.min_p, 0 <= sampling.min_p <= 1, "in [0, 1]"),
-        ("repetition_penalty", sampling.repetition_penalty, 0 < sampling.repetition_penalty < np.inf, "> 0"),
-        ("completions", sampling.completions, sampling.completions >= 1, ">= 1"),
-        ("max_new_tokens", stopping.max_new_tokens, stopping.max_new_tokens >= 1, ">= 1"),
-    ]
-    for name, value, holds, rule in rules:
-        if not holds:
-            raise RequestError(f"{name}: must be {rule}, {value} received")
-    if stopping.min_new_tokens > stopping.max_new_tokens:
-        raise RequestError(
-            f"min_new_tokens: {stopping.min_new_tokens} is more than max_new_tokens, {stopping.max_new_tokens}"
-        )
-    for token_id in stopping.stop_token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise RequestError(f"stop_token_ids: {token_id} is outside the vocabulary of {vocab_size}")
-    if "" in stopping.stop_strings:
-        raise RequestError("stop_strings: an empty string would end every completion at once")

@@ -74,3 +74,5 @@ class SampleSettings(Compute):
     """Completions per prompt."""
     limit: NonNegativeInt = 0
     """Take this many prompts from the start of the file; 0: all."""
+    seed: NonNegativeInt = 0
+    """Seed of the first completion; every other one has its own, counted on from it."""
