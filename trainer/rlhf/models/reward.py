@@ -8,8 +8,9 @@ module reads the mask.
 from __future__ import annotations
 
 import inspect
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +24,18 @@ from rlhf.models.folders import read_json, replacing_folder, write_json
 from rlhf.models.pretrained import load_pretrained
 
 FACTS_FILE = "reward_model.json"
+REFERENCE_SET_FILE = "reference_set.jsonl"
+
+
+def ended(token_ids: Sequence[int], end_token_id: int | None) -> list[int]:
+    """What a reward model reads of a sequence: its tokens and exactly one end token behind them.
+
+    Annotators judge a text, whether the policy ended it or was cut off, so the score of both is read at an end token;
+    penalties for being cut off are the trainer's.
+    """
+    if end_token_id is None or (len(token_ids) and token_ids[-1] == end_token_id):
+        return list(token_ids)
+    return [*token_ids, end_token_id]
 
 
 class RewardModel(nn.Module):
@@ -78,8 +91,17 @@ class RewardModel(nn.Module):
         model.facts = {name: value for name, value in facts.items() if name not in ("mean", "std")}
         return model
 
-    def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        reference_set: Iterable[Mapping[str, str]] = (),
+    ) -> None:
         """
+        Args:
+            reference_set: what `mean` and `std` are of, kept as JSON Lines so that a later model can be normalised on
+                the same.
+
         Raises:
             StorageError: the disk is full or the folder cannot be written; the old folder stays.
         """
@@ -88,6 +110,9 @@ class RewardModel(nn.Module):
             self.classifier.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             write_json(temporary / FACTS_FILE, {"mean": self.mean, "std": self.std, **self.facts})
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in reference_set]
+            if lines:
+                (temporary / REFERENCE_SET_FILE).write_text("".join(lines), encoding="utf-8")
 
     @property
     def trunk(self) -> PreTrainedModel:

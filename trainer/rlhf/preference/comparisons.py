@@ -1,0 +1,128 @@
+"""Judgments as token sequences, split by prompt."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data.judgments import Judgment
+from rlhf.errors import DataError
+from rlhf.models.padding import pad
+from rlhf.models.reward import ended
+from rlhf.preference.loss import Pairs, all_pairs
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One annotator's ranking of one prompt's completions."""
+
+    prompt: str
+    completions: tuple[str, ...]
+    """[K]"""
+    token_ids: tuple[list[int], ...]
+    """[K], prompt and completion and one end token."""
+    ranks: tuple[int, ...]
+    """[K], 1 = best, equal = tie."""
+
+    @cached_property
+    def ordered(self) -> list[tuple[int, int]]:
+        """(better, worse) of every pair that is no tie."""
+        places = range(len(self.ranks))
+        return [(i, j) for i in places for j in places if self.ranks[i] < self.ranks[j]]
+
+
+@dataclass(frozen=True)
+class ComparisonBatch:
+    """All completions of some rankings, each scored once."""
+
+    input_ids: Tensor
+    """[N, T] int64"""
+    attention_mask: Tensor
+    """[N, T] bool"""
+    pairs: Pairs
+    weight: float
+    """Sum of K - 1 over the rankings."""
+
+    def to(self, device: torch.device) -> ComparisonBatch:
+        return ComparisonBatch(
+            self.input_ids.to(device), self.attention_mask.to(device), self.pairs.to(device), self.weight
+        )
+
+
+def encode(
+    judgments: Sequence[Judgment], tokenizer: PreTrainedTokenizerBase, max_length: int, source: Path
+) -> list[Comparison]:
+    """Prompt and completion are encoded apart, as the reward service does.
+
+    Raises:
+        DataError: a completion is too long with its prompt; names file and row.
+    """
+    texts = {text for judgment in judgments for text in judgment.completions if text}
+    prompts = {judgment.prompt for judgment in judgments}
+    completion_ids = _encode_distinct(tokenizer, texts, special_tokens=False) | {"": []}
+    prompt_ids = _encode_distinct(tokenizer, prompts, special_tokens=True)
+    encoded = []
+    for number, judgment in enumerate(judgments, start=1):
+        start = prompt_ids[judgment.prompt]
+        sequences = tuple(ended(start + completion_ids[text], tokenizer.eos_token_id) for text in judgment.completions)
+        longest = max(map(len, sequences))
+        if longest > max_length:
+            raise DataError(
+                f"prompt and completion of judgment {judgment.judgment_id} have {longest} tokens, but {max_length} are "
+                "allowed (reward_model.max_length and the model's context)",
+                path=source,
+                line=number,
+            )
+        encoded.append(Comparison(judgment.prompt, judgment.completions, sequences, judgment.ranks))
+    return encoded
+
+
+def split_by_prompt(
+    comparisons: Sequence[Comparison], heldout_fraction: float, seed: int
+) -> tuple[list[Comparison], list[Comparison]]:
+    """Training and held-out comparisons; those of one prompt's text stay together.
+
+    Raises:
+        DataError: fewer than two prompts.
+    """
+    prompts = sorted({comparison.prompt for comparison in comparisons})
+    if len(prompts) < 2:
+        raise DataError("judgments of at least two prompts are needed, to train on one and test on the other")
+    count = min(max(1, round(len(prompts) * heldout_fraction)), len(prompts) - 1)
+    drawn = np.random.default_rng(seed).permutation(len(prompts))[:count]
+    heldout = {prompts[index] for index in drawn.tolist()}
+    return (
+        [comparison for comparison in comparisons if comparison.prompt not in heldout],
+        [comparison for comparison in comparisons if comparison.prompt in heldout],
+    )
+
+
+def batch_of(comparisons: Sequence[Comparison], pad_id: int) -> ComparisonBatch:
+    sequences = [sequence for comparison in comparisons for sequence in comparison.token_ids]
+    weight = sum(len(comparison.ranks) - 1 for comparison in comparisons)
+    return ComparisonBatch(*pad(sequences, pad_id), all_pairs([c.ranks for c in comparisons]), float(weight))
+
+
+def sha256_of(comparisons: Iterable[Comparison]) -> str:
+    digest = hashlib.sha256()
+    for comparison in comparisons:
+        digest.update(repr((comparison.token_ids, comparison.ranks)).encode())
+    return digest.hexdigest()
+
+
+def _encode_distinct(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, special_tokens: bool
+) -> dict[str, list[int]]:
+    ordered = sorted(texts)
+    if not ordered:
+        return {}
+    ids = tokenizer(ordered, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False).input_ids
+    return dict(zip(ordered, ids, strict=True))
