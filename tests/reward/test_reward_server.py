@@ -20,7 +20,7 @@ from rlhf import errors
 from rlhf.models.causal import weights_sha256
 from rlhf.models.reward import RewardModel
 from rlhf.models.tokenizer import tokenizer_sha256
-from rlhf.reward import scorer
+from rlhf.reward.head import RewardHead
 from rlhf.reward.server import SERVICE, starting
 from rlhf.reward.settings import RewardSettings
 from rlhf.serving.client import call, connect, connect_sync
@@ -157,13 +157,13 @@ def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(folder: Path) ->
 
 def test_calls_share_forward_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    forward = scorer.RewardHead.forward
+    forward = RewardHead.forward
 
-    def recording(self: scorer.RewardHead, items: Sequence[Any]) -> Any:
+    def recording(self: RewardHead, items: Sequence[Any]) -> Any:
         sizes.append(len(items))
         return forward(self, items)
 
-    monkeypatch.setattr(scorer.RewardHead, "forward", recording)
+    monkeypatch.setattr(RewardHead, "forward", recording)
 
     async def scenario() -> None:
         async with service(model=folder, max_delay_ms=200) as stub:

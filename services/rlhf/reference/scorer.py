@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.models.causal import load_causal_lm, weights_sha256
+from rlhf.models.compute import set_threads
 from rlhf.models.padding import pad
 from rlhf.models.tokenizer import load_tokenizer, tokenizer_sha256
 from rlhf.ops.logprobs import logprobs_from_logits
+from rlhf.reference.requests import Item
 from rlhf.wire.records import Floats
-
-
-@dataclass(frozen=True)
-class Item:
-    """One sequence of a call."""
-
-    token_ids: NDArray[np.integer[Any]]
-    """[T]"""
-    first_scored: int
-    """1..T - 1: log-probs are wanted of tokens [first_scored, T)."""
-    temperature: float
 
 
 class ReferenceModel:
@@ -45,11 +33,12 @@ class ReferenceModel:
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     @classmethod
-    def load(cls, folder: Path, device: str, dtype: str) -> ReferenceModel:
+    def load(cls, folder: Path, device: str, dtype: str, threads: int) -> ReferenceModel:
         """
         Raises:
             ModelError: the folder holds no causal language model.
         """
+        set_threads(threads)
         model, tokenizer = load_causal_lm(folder, device=device, dtype=dtype), load_tokenizer(folder)
         return cls(model, model_sha256=weights_sha256(folder), tokenizer_sha256=tokenizer_sha256(tokenizer))
 

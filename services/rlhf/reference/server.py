@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf.errors import ModelError, RequestError
-from rlhf.models.compute import set_threads
+from rlhf.errors import ModelError
 from rlhf.models.folders import start_model
-from rlhf.reference.scorer import Item, ReferenceModel
+from rlhf.reference.requests import Item, read_items
 from rlhf.serving.batcher import Batcher, Limits
 from rlhf.serving.server import Server, Start, run_server
-from rlhf.serving.token_checks import check_count, check_tokenizer, check_tokens
+from rlhf.serving.token_checks import check_tokenizer, check_tokens
 from rlhf.serving.worker_thread import WorkerThread
 from rlhf.settings.run import Settings
 from rlhf.v1 import reference_pb2, reference_pb2_grpc
 from rlhf.wire.records import Floats
-from rlhf.wire.tensors import from_ragged, from_tensor, to_ragged
+from rlhf.wire.tensors import to_ragged
+
+if TYPE_CHECKING:
+    from rlhf.reference.scorer import ReferenceModel
 
 SERVICE = "rlhf.v1.ReferenceService"
 
@@ -37,9 +39,8 @@ def starting(settings: Settings) -> Start:
     async def start(server: Server) -> AsyncIterator[None]:
         reference = settings.reference
         worker = WorkerThread("reference")
-        await worker.run(set_threads, reference.threads)
         folder = reference.model or start_model(settings)
-        model = await worker.run(ReferenceModel.load, folder, reference.device, reference.dtype)
+        model = await worker.run(_load, folder, reference.device, reference.dtype, reference.threads)
         limits = Limits(
             reference.max_batch_size,
             reference.max_batch_tokens,
@@ -98,29 +99,8 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
         )
 
 
-def read_items(request: reference_pb2.LogProbsRequest, max_batch_size: int) -> list[Item]:
-    """
-    Raises:
-        RequestError: no sequences or too many, no temperature, or a sequence with nothing to score.
-    """
-    sequences = from_ragged(request.token_ids, "token_ids", dtypes="i")
-    check_count(len(sequences), "token_ids", max_batch_size)
-    temperature = _temperature(request)
-    firsts = from_tensor(request.first_scored, "first_scored", dtypes="i", ndim=1)
-    if len(firsts) != len(sequences):
-        raise RequestError(f"first_scored: {len(firsts)} for {len(sequences)} sequences")
-    for index, (tokens, first) in enumerate(zip(sequences, firsts, strict=True)):
-        if not 1 <= first < len(tokens):
-            raise RequestError(
-                f"first_scored: {first} for sequence {index} of {len(tokens)} tokens; from 1, since nothing comes "
-                "before token 0, to one less than the length expected"
-            )
-    return [Item(tokens, int(first), temperature) for tokens, first in zip(sequences, firsts, strict=True)]
+def _load(folder: Path, device: str, dtype: str, threads: int) -> ReferenceModel:
+    # Imported here, so that the port is bound and health answers while torch loads.
+    from rlhf.reference.scorer import ReferenceModel
 
-
-def _temperature(request: reference_pb2.LogProbsRequest) -> float:
-    if not request.HasField("temperature"):
-        raise RequestError("temperature: required; 1.0 gives log-probs of the unscaled logits")
-    if not (math.isfinite(request.temperature) and request.temperature > 0):
-        raise RequestError(f"temperature: must be > 0, {request.temperature:g} received")
-    return request.temperature
+    return ReferenceModel.load(folder, device, dtype, threads)

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 
 from rlhf.errors import ModelError, RequestError, TokenizerMismatch
-from rlhf.models.causal import weights_sha256
-from rlhf.models.padding import pad
-from rlhf.models.reward import RewardModel
-from rlhf.models.tokenizer import load_tokenizer, pad_token_id, tokenizer_sha256
-from rlhf.reward.requests import Call, Texts, TokenItem
+from rlhf.reward.requests import Call, TokenItem
 from rlhf.reward.rules import Rule, ScoreItem
 from rlhf.serving.batcher import Batcher, Limits
 from rlhf.serving.token_checks import check_tokenizer, check_tokens
@@ -23,7 +17,7 @@ from rlhf.serving.worker_thread import WorkerThread
 from rlhf.wire.records import Floats
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from rlhf.reward.head import RewardHead  # needs torch, which a rule does not
 
 
 @dataclass(frozen=True)
@@ -52,50 +46,6 @@ class Scorer(Protocol):
     @property
     def batcher(self) -> Batcher[TokenItem, Score] | Batcher[Call, list[Score]]: ...
     async def score(self, call: Call) -> list[Score]: ...
-
-
-class RewardHead:
-    """A reward model with its tokenizer, as functions of token sequences. Everything here runs in the worker thread."""
-
-    def __init__(self, model: RewardModel, tokenizer: PreTrainedTokenizerBase, about: About) -> None:
-        self.about = about
-        self._model = model
-        self._tokenizer = tokenizer
-        self._pad_id = pad_token_id(tokenizer)
-        config = model.classifier.config
-        self.vocab_size: int = model.classifier.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
-        self.max_context_tokens: int | None = getattr(config, "max_position_embeddings", None)
-        """None: the architecture knows no limit."""
-
-    @classmethod
-    def load(cls, folder: Path, device: str, dtype: str) -> RewardHead:
-        """
-        Raises:
-            ModelError: the folder holds no reward model.
-        """
-        model, tokenizer = RewardModel.load(folder, device=device, dtype=dtype), load_tokenizer(folder)
-        about = About("model", weights_sha256(folder), tokenizer_sha256(tokenizer), model.mean, model.std)
-        return cls(model, tokenizer, about)
-
-    def encode(self, texts: Sequence[Texts]) -> tuple[TokenItem, ...]:
-        """Prompt and completion are encoded apart, so that the end of one does not merge with the start of the other,
-        as it never does where a policy generates."""
-        return tuple(self._encode(item) for item in texts)
-
-    def forward(self, items: Sequence[TokenItem]) -> list[Score]:
-        """Normalised values at every token; the last one's is the score."""
-        ids, mask = pad([item.token_ids for item in items], self._pad_id)
-        device = self._model.device
-        with torch.inference_mode():
-            raw = self._model.token_values(ids.to(device), mask.to(device))
-            values = ((raw - self._model.mean) / self._model.std).float().cpu().numpy()
-        rows = [row[: len(item.token_ids)] for row, item in zip(values, items, strict=True)]
-        return [Score(float(row[-1]), row[item.prompt_length :].copy()) for row, item in zip(rows, items, strict=True)]
-
-    def _encode(self, item: Texts) -> TokenItem:
-        prompt = self._tokenizer(item.prompt).input_ids if item.prompt else []
-        completion = self._tokenizer(item.completion, add_special_tokens=False).input_ids if item.completion else []
-        return TokenItem(np.asarray([*prompt, *completion], dtype=np.int64), len(prompt))
 
 
 class ModelScorer:

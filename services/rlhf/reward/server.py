@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlhf.errors import SettingsError
-from rlhf.models.compute import set_threads
 from rlhf.reward.requests import read_call
 from rlhf.reward.rules import load_rule
-from rlhf.reward.scorer import ModelScorer, RewardHead, RuleScorer, Scorer
+from rlhf.reward.scorer import ModelScorer, RuleScorer, Scorer
 from rlhf.serving.batcher import Limits
 from rlhf.serving.server import Server, Start, run_server
 from rlhf.serving.worker_thread import WorkerThread
 from rlhf.settings.run import Settings
 from rlhf.v1 import reward_pb2, reward_pb2_grpc
 from rlhf.wire.tensors import to_ragged, to_tensor
+
+if TYPE_CHECKING:
+    from rlhf.reward.head import RewardHead
 
 SERVICE = "rlhf.v1.RewardService"
 
@@ -85,6 +88,13 @@ async def _load(settings: Settings, worker: WorkerThread) -> Scorer:
     )
     if reward.rule:
         return RuleScorer(await worker.run(load_rule, reward.rule), worker, limits)
-    await worker.run(set_threads, reward.threads)
     folder = reward.model or settings.paths.reward_model
-    return ModelScorer(await worker.run(RewardHead.load, folder, reward.device, reward.dtype), worker, limits)
+    head = await worker.run(_load_head, folder, reward.device, reward.dtype, reward.threads)
+    return ModelScorer(head, worker, limits)
+
+
+def _load_head(folder: Path, device: str, dtype: str, threads: int) -> RewardHead:
+    # Imported here, so that the port is bound and health answers while torch loads, and a rule needs no torch.
+    from rlhf.reward.head import RewardHead
+
+    return RewardHead.load(folder, device, dtype, threads)
