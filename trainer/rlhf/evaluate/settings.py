@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from rlhf.settings import Compute
 
@@ -29,3 +29,9 @@ class EvaluateSettings(Compute):
     """Before/after pairs printed."""
     seed: NonNegativeInt = 1000
     """Seed of sampling: before and after use the same."""
+
+    @model_validator(mode="after")
+    def _one_source_of_rewards(self) -> EvaluateSettings:
+        if self.reward_rule and self.reward_model is not None:
+            raise ValueError("reward_model and reward_rule exclude each other; leave one of them out")
+        return self
