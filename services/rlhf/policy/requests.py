@@ -40,6 +40,8 @@ class Codec(Protocol):
 @dataclass(frozen=True)
 class GenerateCall:
     request_id: str
+    named: bool
+    """The caller chose the id, so it may ask again by it."""
     prompts: tuple[Tokens, ...]
     seeds: tuple[int, ...]
     """Of each prompt's first completion; completion k is sampled with seed + k."""
@@ -76,6 +78,7 @@ def read_call(
     seeds = [secrets.randbelow(SEEDS) if sampling.seed is None else sampling.seed for _ in prompts]
     return GenerateCall(
         request_id=message.request_id or secrets.token_hex(16),
+        named=bool(message.request_id),
         prompts=tuple(prompts),
         seeds=tuple(seeds),
         sampling=replace(sampling, seed=seeds[0]),
