@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "policy": SERVICE,
     "reward": SERVICE,
     "reference": SERVICE,
-    "observe": {*LOW, "queues", "supervisor", "wire"},
+    "observe": {*LOW, "cli", "models", "queues", "supervisor", "wire"},
     "supervisor": {*LOW, "cli", "models", "observe", "queues", "serving"},
     "cli": {*LOW, "models", "observe"},
     "models": {*LOW, "wire"},

@@ -55,9 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _settings(arguments: Arguments) -> Settings:
-    files = [DEMO] if arguments.verb.name == "demo" else []
+    if arguments.verb.name == "demo":
+        return _loaded(arguments, [DEMO])
+    settings = _loaded(arguments, [])
+    if arguments.verb.kind == "look" and settings.paths.settings.exists():
+        # Who looks at a run need not say again how it was started.
+        return _loaded(arguments, [settings.paths.settings])
+    return settings
+
+
+def _loaded(arguments: Arguments, first: Sequence[Path]) -> Settings:
     return load_settings(
-        files=[*files, *arguments.files],
+        files=[*first, *arguments.files],
         environment=os.environ,
         overrides=arguments.overrides,
         flags=arguments.flags,
@@ -70,6 +79,9 @@ def _run(arguments: Arguments, settings: Settings) -> None:
         run(settings, fresh=arguments.fresh)
     elif arguments.verb.kind == "stage":
         _run_stage(arguments.verb, settings, run)
+    elif arguments.verb.asks_redis:
+        with importlib.import_module("rlhf.supervisor.group").redis_at_hand(settings):
+            run(settings)
     else:
         run(settings)
 

@@ -27,6 +27,8 @@ class Verb:
     decided_by: tuple[str, ...] = ()
     """Beside `section`, the sections (`kl`) and fields (`reward.rule`) on which a stage's result depends: `rlhf run`
     repeats a stage when one of them has changed."""
+    asks_redis: bool = False
+    """It asks the run's Redis, also after the run: an embedded one is started for as long as it takes."""
 
 
 VERBS: tuple[Verb, ...] = (
@@ -71,7 +73,7 @@ VERBS: tuple[Verb, ...] = (
             *("reward.model", "reward.rule", "reference.model"),
         ),
     ),
-    Verb("audit", "rlhf.ppo.audit", "look", "account for every rollout of a run", "ppo", ("redis",)),
+    Verb("audit", "rlhf.ppo.audit", "look", "account for every rollout of a run", "ppo", ("redis",), asks_redis=True),
     Verb(
         "evaluate",
         "rlhf.evaluate.compare",

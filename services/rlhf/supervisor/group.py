@@ -6,18 +6,21 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from rlhf.errors import StageFailed
+from rlhf.queues.connection import EMBEDDED
 from rlhf.settings import Listen
 from rlhf.settings.loader import setting_names, variable
 from rlhf.settings.run import Settings
 from rlhf.supervisor.embedded_redis import EmbeddedRedis
 from rlhf.supervisor.health import is_serving
+from rlhf.supervisor.lock import is_held
 from rlhf.supervisor.process import Child, Process
 
-EMBEDDED = "embedded://"
 SERVICES = {
     "policy": "rlhf.v1.PolicyService",
     "reward": "rlhf.v1.RewardService",
@@ -56,6 +59,27 @@ class RedisChild:
 
     def kill(self) -> None:
         self._redis.stop(timeout_s=1.0)
+
+
+@contextmanager
+def redis_at_hand(settings: Settings) -> Iterator[None]:
+    """While the block lasts, the run's Redis answers, even if nobody supervises the run and its Redis is embedded.
+
+    Raises:
+        StageFailed: the run has not come to step 3, so there are no data.
+    """
+    paths = settings.paths
+    if settings.redis.url != EMBEDDED or is_held(paths.lock):
+        yield
+        return
+    if not paths.redis.exists():
+        raise StageFailed(f"{paths.redis} does not exist: run {settings.run.name} has not come to step 3")
+    redis = EmbeddedRedis(paths.redis, log_path=paths.logs / "redis.log")
+    redis.start()
+    try:
+        yield
+    finally:
+        redis.stop()
 
 
 def stage_process(verb: str, settings: Settings) -> Process:

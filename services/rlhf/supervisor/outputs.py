@@ -22,8 +22,8 @@ def outputs(stage: str, paths: RunPaths) -> Sequence[Path]:
         "rank": [paths.comparisons],
         "reward-model": _trained(paths.reward_model),
         "ppo": [
-            *(paths.checkpoints, paths.weights, paths.redis, paths.policy, paths.metrics),
-            *(paths.sample_tables, paths.folder / "audit.json"),
+            *(paths.checkpoints, paths.weights, paths.redis, paths.policy, paths.metrics, paths.trained),
+            paths.sample_tables,
         ],
         "evaluate": [paths.evaluation],
         "report": [paths.report],
