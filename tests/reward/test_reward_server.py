@@ -32,6 +32,7 @@ from support.reflection import ReflectedService
 from support.tiny import tiny_reward_folder, tiny_tokenizer
 
 OWN = tokenizer_sha256(tiny_tokenizer())
+END = tiny_tokenizer().eos_token_id
 TEXTS = [("A fine film", " with a slow start."), ("The plot", " was dull."), ("I liked", " it!")]
 RULES = """
 import time
@@ -127,16 +128,32 @@ def test_scores_are_the_models_own(folder: Path) -> None:
             model = RewardModel.load(folder)
             with torch.inference_mode():
                 for index, (prompt, completion) in enumerate(encoded()):
-                    ids = torch.tensor([prompt + completion])
+                    ids = torch.tensor([[*prompt, *completion, END]])
                     mask = torch.ones_like(ids, dtype=torch.bool)
                     score = model(ids, mask).item()
-                    values = (model.token_values(ids, mask)[0, len(prompt) :] - 0.25) / 0.5
+                    values = (model.token_values(ids, mask)[0, len(prompt) : -1] - 0.25) / 0.5
                     assert from_tensor(response.scores, "")[index] == pytest.approx(score, abs=1e-5)
                     np.testing.assert_allclose(from_ragged(response.token_rewards, "")[index], values, atol=1e-5)
             assert len({round(float(score), 3) for score in from_tensor(response.scores, "")}) == 3
             assert from_tensor(response.member_scores, "").tolist() == [[s] for s in from_tensor(response.scores, "")]
             assert response.model_sha256 == weights_sha256(folder)
             assert await scores_of(stub, texts=text_batch()) == from_tensor(response.scores, "").tolist()
+
+    asyncio.run(scenario())
+
+
+def test_a_completion_that_was_ended_scores_as_one_that_was_cut_off(folder: Path) -> None:
+    cut = encoded()
+    over = [(prompt, [*completion, END]) for prompt, completion in cut]
+
+    async def scenario() -> None:
+        async with service(model=folder) as stub:
+            assert await scores_of(stub, tokens=token_batch(over)) == await scores_of(stub, tokens=token_batch(cut))
+            request = reward_pb2.ScoreRequest(tokens=token_batch(over), per_token=True)
+            response = await call(stub.Score, request, timeout_s=20)
+            rows = from_ragged(response.token_rewards, "")
+            assert [len(row) for row in rows] == [len(completion) for _, completion in over]
+            assert [float(row[-1]) for row in rows] == from_tensor(response.scores, "").tolist()
 
     asyncio.run(scenario())
 
@@ -195,12 +212,12 @@ def test_tokens_of_another_tokenizer_are_scored_from_their_text(folder: Path) ->
         ({"texts": text_batch([])}, errors.RequestError, "at least one item"),
         ({"tokens": token_batch([([1, 2], [])])}, errors.RequestError, "prompt_lengths: 2 for sequence 0 of 2 tokens"),
         ({"texts": text_batch([("A", "")])}, errors.RequestError, "completion of item 0 is empty"),
-        ({"tokens": token_batch([([1], [2] * 64)])}, errors.RequestError, "65 tokens and the model's context is 64"),
+        ({"tokens": token_batch([([1], [2] * 63)])}, errors.RequestError, "65 tokens and the model's context is 64"),
         ({"texts": text_batch([("A", " film" * 99)])}, errors.RequestError, "the model's context is 64"),
         ({"tokens": token_batch([([1], [280])])}, errors.RequestError, "token 280, and the vocabulary ends at 279"),
         ({"tokens": token_batch([([1], [-1])])}, errors.RequestError, "token -1"),
         ({"tokens": token_batch(encoded() * 2)}, errors.RequestError, "6 items, and max_batch_size is 5"),
-        ({"tokens": token_batch([([1], [2] * 50)])}, errors.RequestError, "51 tokens, and max_batch_tokens is 50"),
+        ({"tokens": token_batch([([1], [2] * 50)])}, errors.RequestError, "52 tokens, and max_batch_tokens is 50"),
         ({"tokens": token_batch(encoded(), "f" * 64)}, errors.TokenizerMismatch, "made by tokenizer ffffffffffff"),
         (
             {"tokens": token_batch(encoded(), "f" * 64), "decoded": text_batch(), "per_token": True},

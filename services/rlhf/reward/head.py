@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.models.causal import weights_sha256
 from rlhf.models.compute import set_threads
 from rlhf.models.padding import pad
-from rlhf.models.reward import RewardModel
+from rlhf.models.reward import RewardModel, ended
 from rlhf.models.tokenizer import load_tokenizer, pad_token_id, tokenizer_sha256
 from rlhf.reward.requests import Texts, TokenItem
-from rlhf.reward.scorer import About, Score
+from rlhf.reward.scorer import About, Reading, Score
+from rlhf.wire.records import Floats
 
 
 class RewardHead:
@@ -47,17 +48,26 @@ class RewardHead:
         as it never does where a policy generates."""
         return tuple(self._encode(item) for item in texts)
 
-    def forward(self, items: Sequence[TokenItem]) -> list[Score]:
+    def reading(self, item: TokenItem) -> Reading:
+        """The item as the model was trained to read it: up to one end token, whether it was ended or cut off."""
+        token_ids = np.asarray(ended(item.token_ids.tolist(), self._tokenizer.eos_token_id), dtype=np.int64)
+        return Reading(token_ids, item.prompt_length, len(item.token_ids))
+
+    def forward(self, readings: Sequence[Reading]) -> list[Score]:
         """Normalised values at every token; the last one's is the score."""
-        ids, mask = pad([item.token_ids for item in items], self._pad_id)
+        ids, mask = pad([reading.token_ids for reading in readings], self._pad_id)
         device = self._model.device
         with torch.inference_mode():
             raw = self._model.token_values(ids.to(device), mask.to(device))
             values = ((raw - self._model.mean) / self._model.std).float().cpu().numpy()
-        rows = [row[: len(item.token_ids)] for row, item in zip(values, items, strict=True)]
-        return [Score(float(row[-1]), row[item.prompt_length :].copy()) for row, item in zip(rows, items, strict=True)]
+        return [_score(row, reading) for row, reading in zip(values, readings, strict=True)]
 
     def _encode(self, item: Texts) -> TokenItem:
         prompt = self._tokenizer(item.prompt).input_ids if item.prompt else []
         completion = self._tokenizer(item.completion, add_special_tokens=False).input_ids if item.completion else []
         return TokenItem(np.asarray([*prompt, *completion], dtype=np.int64), len(prompt))
+
+
+def _score(values: Floats, reading: Reading) -> Score:
+    # Copies, since a view would keep the whole batch's array.
+    return Score(float(values[len(reading.token_ids) - 1]), values[reading.prompt_length : reading.length].copy())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlhf.errors import ModelError, RequestError, TokenizerMismatch
 from rlhf.reward.requests import Call, TokenItem
@@ -18,6 +19,17 @@ from rlhf.wire.records import Floats
 
 if TYPE_CHECKING:
     from rlhf.reward.head import RewardHead  # needs torch, which a rule does not
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a reward model reads of one item: its tokens and one end token."""
+
+    token_ids: NDArray[np.integer[Any]]
+    """[T], or [T + 1] where the item did not end with an end token."""
+    prompt_length: int
+    length: int
+    """T, of the item itself."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +56,14 @@ class Scorer(Protocol):
     @property
     def about(self) -> About: ...
     @property
-    def batcher(self) -> Batcher[TokenItem, Score] | Batcher[Call, list[Score]]: ...
+    def batcher(self) -> Batcher[Reading, Score] | Batcher[Call, list[Score]]: ...
     async def score(self, call: Call) -> list[Score]: ...
 
 
 class ModelScorer:
     def __init__(self, head: RewardHead, worker: WorkerThread, limits: Limits) -> None:
         self.about = head.about
-        self.batcher = Batcher(worker, head.forward, limits, length=lambda item: len(item.token_ids))
+        self.batcher = Batcher(worker, head.forward, limits, length=lambda reading: len(reading.token_ids))
         self._head = head
         self._worker = worker
         self._max_tokens = head.max_context_tokens or limits.max_batch_tokens
@@ -64,11 +76,14 @@ class ModelScorer:
             Overloaded: too much is waiting.
             ModelError: the model's answer is not finite.
         """
-        items = await self._items(call)
+        readings = [self._head.reading(item) for item in await self._items(call)]
         check_tokens(
-            [item.token_ids for item in items], "tokens", vocab_size=self._head.vocab_size, max_tokens=self._max_tokens
+            [reading.token_ids for reading in readings],
+            "tokens, with the end token that is read behind each",
+            vocab_size=self._head.vocab_size,
+            max_tokens=self._max_tokens,
         )
-        scores = await self.batcher.submit(items)
+        scores = await self.batcher.submit(readings)
         for index, score in enumerate(scores):
             if not np.isfinite(score.score) or not np.isfinite(score.token_rewards).all():
                 raise ModelError(

@@ -124,13 +124,13 @@ class Server:
         except RuntimeError as error:
             raise _why_not_bound(self.name, self._listen) from error
         await self._server.start()
-        log.info("%s is bound to %s and loading", self.name, self.address)
+        log.info("bound to %s, loading", self.address)
 
     async def drain(self) -> None:
         """Takes no new calls, and lets those in flight finish within `grace_s`."""
         self.draining.set()
         await self._health.enter_graceful_shutdown()
-        log.info("%s is draining, at most %g s", self.name, self._listen.grace_s)
+        log.info("draining, at most %g s", self._listen.grace_s)
         await self._server.stop(self._listen.grace_s)
 
     async def close(self) -> None:
