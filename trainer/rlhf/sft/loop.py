@@ -71,7 +71,7 @@ class Job(Generic[Batch]):
     micro_batches: int
     """Of the whole run, all epochs."""
     settings: Any
-    """A section that is both `Compute` and `Optimisation`."""
+    """A section that is both `Compute` and `Optimisation`, with a `seed`."""
     state_folder: Path
     """Where checkpoints go: `<out>.training`."""
     tensorboard: Path
@@ -206,6 +206,8 @@ class _Run:
         self._autocast = autocast(job.settings)
         self._optimizer, self._names = adamw(job.model, job.settings)
         self._identity = _identity(job)
+        # Dropout draws from the global generator.
+        torch.manual_seed(job.settings.seed)
 
     def advance(self) -> dict[str, float]:
         """One optimiser step over its micro-batches; the loss is that of one large batch."""
