@@ -149,29 +149,31 @@ class _SlotLayer(CacheLayerMixin):
         return -1
 
 
-def check_cacheable(model: PreTrainedModel, context: int) -> None:
-    """
+def check_cacheable(model: PreTrainedModel) -> int:
+    """The model's context in tokens, over all of which a `SlotCache` can stand for its memory.
+
     Raises:
-        ModelError: attention over all earlier tokens is not all that the model needs to remember.
+        ModelError: attention over all earlier tokens is not all that the model remembers, or it names no context.
     """
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
+    name, config = type(model).__name__, model.config
+    if config.is_encoder_decoder:
         raise ModelError(f"{name}: encoder-decoder models cannot be served; give a decoder-only one")
-    if model.config._attn_implementation not in ("sdpa", "eager"):
-        raise ModelError(
-            f"{name}: attention {model.config._attn_implementation!r} has no masks per row; load it as sdpa"
-        )
-    for layer in DynamicCache(config=model.config).layers:
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ModelError(f"{name}: attention {config._attn_implementation!r} has no masks per row; load it as sdpa")
+    windows = []
+    for layer in DynamicCache(config=config).layers:
         if isinstance(layer, DynamicSlidingWindowLayer):
-            if layer.sliding_window < context:
-                window = layer.sliding_window
-                raise ModelError(
-                    f"{name}: its attention window of {window} tokens is shorter than its context, {context}"
-                )
+            windows.append(layer.sliding_window)
         elif type(layer) is not DynamicLayer:
             raise ModelError(
-                f"{name}: remembers by {type(layer).__name__}, where only attention over all tokens is known"
+                f"{name}: remembers by {type(layer).__name__}; only attention over all tokens can be served"
             )
+    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if not isinstance(context, int) or context < 2:
+        raise ModelError(f"{name}: its config names no max_position_embeddings, so its context is not known")
+    if windows and min(windows) < context:
+        raise ModelError(f"{name}: an attention window of {min(windows)} tokens is shorter than its context, {context}")
+    return context
 
 
 def _grown(size: int, needed: int, at_first: int) -> int:

@@ -71,8 +71,7 @@ class ContinuousEngine:
         Raises:
             ModelError: its memory of earlier tokens cannot be kept in rows.
         """
-        self.info = _info(model)
-        check_cacheable(model, self.info.context)
+        self.info = _info(model, check_cacheable(model))
         self._tokenizer = tokenizer
         self._eos_token_ids = end_token_ids(model, tokenizer)
         self._limits = limits
@@ -273,11 +272,8 @@ class _Budget:
         self._longest = max(self._longest, len(generation.request.prompt) + len(generation.response))
 
 
-def _info(model: PreTrainedModel) -> EngineInfo:
+def _info(model: PreTrainedModel, context: int) -> EngineInfo:
     config = model.config.get_text_config(decoder=True)
-    context = getattr(config, "max_position_embeddings", None)
-    if not isinstance(context, int) or context < 2:
-        raise ModelError(f"{type(model).__name__}: its config names no max_position_embeddings, so no context limit")
     dtype = str(model.dtype).removeprefix("torch.")
     return EngineInfo(config.model_type, config.vocab_size, context, dtype, str(model.device))
 
