@@ -89,6 +89,8 @@ def test_no_rows_no_file_and_other_files_are_refused(tmp_path: Path) -> None:
         list(read_rows(tmp_path / "empty.jsonl"))
     with pytest.raises(DataError, match="no such file"):
         list(read_rows(str(tmp_path / "missing.jsonl")))
+    with pytest.raises(DataError, match="no such file"):
+        list(read_rows(Path("a_path_is_no_name_of_a_dataset")))
     with pytest.raises(DataError, match=r"is none of \.jsonl"):
         list(read_rows(tmp_path / "table.csv"))
 
