@@ -46,7 +46,7 @@ def test_perplexity_falls_below_the_bigrams_and_the_folder_is_an_ordinary_one(tm
     settings = tiny_settings(tmp_path, steps=150, hidden_size=32, layers=2)
     figures = pretrain.run(settings)
     assert figures["lm_perplexity"] < figures["bigram_perplexity"] < figures["lm_perplexity_before"]
-    assert figures["lm_perplexity_before"] == pytest.approx(290, rel=0.2)
+    assert figures["lm_perplexity_before"] == pytest.approx(290, rel=0.5)
     assert figures["tokens"] == 150 * 8 * 16
     assert figures["tokens_per_s"] > 0
     model = AutoModelForCausalLM.from_pretrained(settings.paths.pretrained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,6 +96,12 @@ def _check_shape(settings: PretrainSettings) -> None:
         )
 
 
+def _initial_std(hidden_size: int) -> float:
+    """Nguyen and Salazar 2019, arXiv:1910.05895, section 2.2. The usual 0.02 is made for widths near 1000; at 128 it
+    costs a quarter of the demo's training before anything is learned."""
+    return math.sqrt(2 / (5 * hidden_size))
+
+
 def _llama(settings: PretrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     return LlamaForCausalLM(
         LlamaConfig(
@@ -106,6 +113,7 @@ def _llama(settings: PretrainSettings, tokenizer: PreTrainedTokenizerBase) -> Pr
             num_attention_heads=settings.heads,
             max_position_embeddings=settings.context,
             tie_word_embeddings=True,
+            initializer_range=_initial_std(settings.hidden_size),
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -124,6 +132,7 @@ def _gpt2(settings: PretrainSettings, tokenizer: PreTrainedTokenizerBase) -> Pre
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
+            initializer_range=_initial_std(settings.hidden_size),
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
