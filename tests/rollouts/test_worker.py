@@ -336,11 +336,11 @@ def test_what_may_pass_is_tried_again(run: Run, method: str, error: errors.RlhfE
 
     async def scenario() -> None:
         backends = Backends(before={method: fail_at_first})
-        async with run.working(backends):
+        async with run.working(backends) as worker:
             await run.take(1)
             await until(lambda: settled(run))
         assert len(backends.requests[method]) == 3
-        assert run.prompts.counts().dead == 0
+        assert worker.counts == {"rollouts": 1}
 
     run.add()
     asyncio.run(scenario())
