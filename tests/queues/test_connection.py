@@ -32,7 +32,7 @@ def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
 
 def settings_for(url: str, folder: Path, **changes: object) -> Settings:
     return Settings.model_validate(
-        {"run": {"name": "r", "folder": folder}, "redis": {"url": url, "connect_timeout_s": 3.0, **changes}}
+        {"run": {"name": "r", "folder": folder}, "redis": {"url": url, "connect_timeout_s": 15.0, **changes}}
     )
 
 

@@ -72,6 +72,15 @@ class QueueSemantics:
         assert (depth.entries, depth.bytes, depth.pending, depth.oldest_age_s) == (0, 0, 0, 0.0)
         assert (depth.counts.added, depth.counts.acknowledged, depth.counts.dead, depth.counts.lost) == (1, 1, 0, 0)
 
+    def test_an_empty_payload_goes_round(self, make: MakeQueue) -> None:
+        queue = make()
+        for name in "ab":
+            queue.enqueue(name, b"")
+        first, second = queue.consume("t", 8, 0)
+        assert queue.acknowledge([first]) == 1
+        assert queue.dead_letter(second, "no") is Failed.DEAD
+        assert queue.depth().bytes == 0
+
     def test_entries_added_before_the_first_consumer_are_read(self, make: MakeQueue) -> None:
         for i in range(3):
             make().enqueue(str(i), b"x")
