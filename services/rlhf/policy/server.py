@@ -1,4 +1,4 @@
-"""The policy service: `rlhf policy`. Knows an Engine; that it runs on `transformers` is known to `_load` alone.
+"""The policy service: `rlhf policy`. Knows an Engine; that it runs on `transformers` is known to `load_engine` alone.
 
 gRPC call ──▶ requests.read_call ──▶ Calls ──▶ EngineThread: engine.submit
                                        ▲               │ step, step, step …
@@ -49,7 +49,7 @@ def starting(settings: Settings) -> Start:
 
     @asynccontextmanager
     async def start(server: Server) -> AsyncIterator[None]:
-        engine, codec = await asyncio.to_thread(_load, settings)
+        engine, codec = await asyncio.to_thread(load_engine, settings)
         async with serving(server, engine, codec, settings.policy) as changes:
             if not settings.policy.join_run:
                 await server.set_ready(POLICY, True)
@@ -180,7 +180,12 @@ def _content(request: policy_pb2.GenerateRequest) -> bytes:
     return request.SerializeToString(deterministic=True)
 
 
-def _load(settings: Settings) -> tuple[Engine, Codec]:
+def load_engine(settings: Settings) -> tuple[Engine, Codec]:
+    """The engine on `policy.model`, or on the run's start model, under a version of its own outside any run.
+
+    Raises:
+        ModelError: the folder cannot be used.
+    """
     from rlhf.models.causal import load_causal_lm, weights_sha256
     from rlhf.models.compute import set_threads
     from rlhf.models.folders import start_model
