@@ -36,7 +36,7 @@ class PretrainSettings(Compute, Optimisation):
     """Positions of a new model."""
     sequence_length: PositiveInt = 128
     """Tokens per training sequence; documents are packed end to end, each ended by the end token."""
-    lr: float = Field(default=3e-3, gt=0)
+    lr: float = Field(default=5e-3, gt=0)
     """Peak learning rate; for a model of a million parameters. Larger ones take less, 3e-4 near a hundred million."""
     batch_size: PositiveInt = 16
     """Sequences per micro-batch."""
