@@ -7,6 +7,7 @@ torch and transformers are imported by the verbs' modules, after the arguments a
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -31,6 +32,7 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, the error's own (see `rlhf.errors`), or 130 after Ctrl-C."""
+    started_s = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
     log: Path | None = None
     name = f" {argv[0]}" if argv and argv[0] in BY_NAME else ""
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.verb.kind == "stage":
             log = settings.paths.logs / f"{arguments.verb.name}.log"
         configure_logging(_service(arguments.verb, settings), file=log)
-        _run(arguments, settings)
+        _run(arguments, settings, started_s)
     except RlhfError as error:
         _tell(f"rlhf{name}: {error}", log)
         return error.exit_code
@@ -73,12 +75,13 @@ def _loaded(arguments: Arguments, first: Sequence[Path]) -> Settings:
     )
 
 
-def _run(arguments: Arguments, settings: Settings) -> None:
-    run = importlib.import_module(arguments.verb.module).run
+def _run(arguments: Arguments, settings: Settings, started_s: float) -> None:
+    """`started_s`: on the monotonic clock; what a stage takes includes its imports."""
+    run = _imported(arguments.verb.module).run
     if arguments.verb.kind == "run":
         run(settings, fresh=arguments.fresh)
     elif arguments.verb.kind == "stage":
-        _run_stage(arguments.verb, settings, run)
+        _run_stage(arguments.verb, settings, run, started_s)
     elif arguments.verb.asks_redis:
         with importlib.import_module("rlhf.supervisor.group").redis_at_hand(settings):
             run(settings)
@@ -86,8 +89,16 @@ def _run(arguments: Arguments, settings: Settings) -> None:
         run(settings)
 
 
-def _run_stage(verb: Verb, settings: Settings, run: Any) -> None:
-    started_s = time.monotonic()
+def _imported(module: str) -> Any:
+    """The module. Looking for garbage while torch and transformers are imported finds none and takes a second."""
+    gc.disable()
+    try:
+        return importlib.import_module(module)
+    finally:
+        gc.enable()
+
+
+def _run_stage(verb: Verb, settings: Settings, run: Any, started_s: float) -> None:
     note_start(verb, settings)
     figures: Mapping[str, Any] = run(settings) or {}
     record = note_end(verb, settings, figures, time.monotonic() - started_s)
@@ -108,4 +119,7 @@ def _tell(message: str, log: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    # The interpreter would look once more through everything that torch has made, for a second or two.
+    gc.freeze()
+    sys.exit(code)
