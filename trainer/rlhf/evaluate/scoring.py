@@ -40,7 +40,8 @@ class ModelRewards:
         self._head = RewardHead.load(folder, device, dtype, threads=0)
 
     def score(self, answers: Sequence[Answer]) -> Scores:
-        batches = _chunks(list(map(self._tokens, answers)), _REWARD_BATCH)
+        readings = [self._head.reading(self._tokens(answer)) for answer in answers]
+        batches = _chunks(readings, _REWARD_BATCH)
         return np.array([score.score for batch in batches for score in self._head.forward(batch)])
 
     def _tokens(self, answer: Answer) -> TokenItem:
