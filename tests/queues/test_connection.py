@@ -46,6 +46,7 @@ def test_connects_to_the_embedded_server_of_the_run(server: EmbeddedRedis, tmp_p
     with connect(settings_for("embedded://", tmp_path / "runs")) as client:
         assert client.ping() is True
         assert client.get_connection_kwargs()["decode_responses"] is False
+        assert client.get_connection_kwargs()["retry"].get_retries() == 0, "redis-py would send XADD twice"
 
 
 def test_waits_for_the_embedded_server_to_come_up(tmp_path: Path) -> None:

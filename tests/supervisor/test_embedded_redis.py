@@ -213,8 +213,24 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None
     server.stop()
 
 
-def test_long_paths_and_odd_locales_are_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LC_ALL", "xx_YY.UTF-8")
+def test_long_paths_are_no_hindrance(tmp_path: Path) -> None:
     server = EmbeddedRedis(tmp_path / ("long name " * 15) / "redis")
     server.start()
+    server.stop()
+
+
+def test_a_locale_that_is_not_installed_never_reaches_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    telling = folder / "redis-server"
+    telling.write_text(
+        "#!/bin/sh\n[ \"$1\" = --version ] && echo 'Redis server v=7.2.0' && exit\necho locale $LC_ALL\n"
+    )
+    telling.chmod(0o755)
+    monkeypatch.setenv("LC_ALL", "xx_YY.UTF-8")
+    server = EmbeddedRedis(tmp_path / "redis", search_path=str(folder), bundled=NONE)
+    with pytest.raises(RedisUnsuitable, match="ended at once: locale C$"):
+        server.start()
     server.stop()
