@@ -42,13 +42,15 @@ def collect(settings: Settings) -> dict[str, Any]:
 def show(summary: Mapping[str, Any], settings: Settings, console: Console) -> None:
     console.print()
     console.print(_table(summary))
+    seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in summary["seconds"].items())
+    _plain(console, f"\nseconds: {seconds}")
     if "evaluate" in settings.run.stages:
         for pair in _pairs(settings):
-            console.print(f"\nprompt  {pair['prompt']}", highlight=False, markup=False)
-            console.print(f"before  {pair['before']}", highlight=False, markup=False)
-            console.print(f"after   {pair['after']}", highlight=False, markup=False)
+            _plain(console, "")
+            for part in ("prompt", "before", "after"):
+                _plain(console, f"{part:<7} {' '.join(pair[part].split())}")
     report = settings.paths.report if "report" in settings.run.stages else settings.paths.summary
-    console.print(f"\n{report}", highlight=False, markup=False, soft_wrap=True)
+    _plain(console, f"\n{report}")
 
 
 def check_gain(summary: Mapping[str, Any], settings: Settings) -> None:
@@ -70,9 +72,9 @@ def check_gain(summary: Mapping[str, Any], settings: Settings) -> None:
 
 
 def _table(summary: Mapping[str, Any]) -> Table:
-    table = Table(title=f"run {summary['run']}", title_justify="left")
-    table.add_column("")
-    for column in ("before", "after", "to compare with"):
+    table = Table(title=f"run {summary['run']}", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table.add_column("", no_wrap=True)
+    for column in ("before", "after", "beside it"):
         table.add_column(column, justify="right")
     for row in _rows(summary):
         table.add_row(*row)
@@ -82,28 +84,30 @@ def _table(summary: Mapping[str, Any]) -> Table:
 def _rows(summary: Mapping[str, Any]) -> Iterable[tuple[str, str, str, str]]:
     if "lm_perplexity" in summary:
         before, bigram = summary.get("lm_perplexity_before"), summary.get("bigram_perplexity")
-        compare = "" if bigram is None else f"bigram model {bigram:.1f}"
-        yield "perplexity (pretraining)", _number(before, 1), _number(summary["lm_perplexity"], 1), compare
+        compare = "" if bigram is None else f"bigrams {bigram:.1f}"
+        yield "perplexity", _number(before, 1), _number(summary["lm_perplexity"], 1), compare
     if "reward_model_accuracy" in summary:
         compare = f"length alone {_number(summary.get('length_only_accuracy'), 3)}"
-        yield "reward model's accuracy", "", _number(summary["reward_model_accuracy"], 3), compare
-    for name, label in (("reward", "reward"), ("judge", "judge's score")):
+        yield "reward accuracy", "", _number(summary["reward_model_accuracy"], 3), compare
+    for name, label in (("reward", "reward"), ("judge", "judge")):
         if f"{name}_after" in summary:
             gain = summary.get(f"{name}_gain_interval")
-            compare = "" if gain is None else f"gain {gain[0]:.3f} to {gain[1]:.3f}"
+            compare = "" if gain is None else f"gain {gain[0]:.2f} to {gain[1]:.2f}"
             yield label, _with_interval(summary, f"{name}_before"), _with_interval(summary, f"{name}_after"), compare
     if "kl" in summary:
-        yield "KL to the initial policy", "", _with_interval(summary, "kl"), ""
+        yield "KL (nats)", "", _with_interval(summary, "kl"), ""
     if "rollouts" in summary:
         yield "rollouts", "", str(summary["rollouts"]), ""
-    for stage, seconds in summary["seconds"].items():
-        yield f"seconds: {stage}", "", f"{seconds:.0f}", ""
+
+
+def _plain(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _with_interval(summary: Mapping[str, Any], name: str) -> str:
     interval = summary.get(f"{name}_interval")
-    beside = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
-    return _number(summary.get(name), 3) + beside
+    beside = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+    return _number(summary.get(name), 2) + beside
 
 
 def _number(value: float | None, digits: int) -> str:
