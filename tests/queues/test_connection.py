@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,14 +52,14 @@ def test_connects_to_the_embedded_server_of_the_run(server: EmbeddedRedis, tmp_p
 
 def test_waits_for_the_embedded_server_to_come_up(tmp_path: Path) -> None:
     server = EmbeddedRedis(tmp_path / "runs" / "r" / "redis")
-    timer = threading.Timer(0.5, server.start)
-    timer.start()
-    try:
-        with connect(settings_for("embedded://", tmp_path / "runs")) as client:
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(connect, settings_for("embedded://", tmp_path / "runs"))
+        time.sleep(0.3)
+        assert not waiting.done()
+        server.start()
+        with waiting.result(20) as client:
             assert client.ping() is True
-    finally:
-        timer.join()
-        server.stop()
+    server.stop()
 
 
 def test_no_embedded_server_is_said_with_what_to_do(tmp_path: Path) -> None:

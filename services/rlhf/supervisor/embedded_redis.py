@@ -85,6 +85,7 @@ class EmbeddedRedis:
         """Starts the server on the data that is there, waits until it has loaded them, and returns its address, which
         stays the same when it is started again after it died.
 
+        Call it from a thread that lives as long as the server should: Linux ends a child with the thread that made it.
         After a failure the folder stays taken, for another try; `stop` frees it.
 
         Raises:
