@@ -183,7 +183,7 @@ class EmbeddedRedis:
         command = [server.path, *(part for name, value in options.items() for part in (f"--{name}", value))]
         # SIGTERM at the supervisor's death: Redis writes its file and goes.
         command = dying_with_parent(command, signal.SIGTERM)
-        # LC_ALL: newer servers end at once on a locale that is not installed. Own session: Ctrl-C is for the supervisor,
+        # LC_ALL: newer servers end at once on a locale that is not installed. Own session: Ctrl-C is the supervisor's,
         # which stops Redis last.
         with self.log_path.open("ab") as output:
             self._process = subprocess.Popen(
