@@ -235,12 +235,15 @@ async def test_an_answer_is_kept_for_a_while_only(folder: Path) -> None:
 @in_loop
 async def test_a_caller_that_leaves_does_not_end_it_for_one_that_attached(folder: Path) -> None:
     async with service(folder, step_s=0.02) as it:
+        submit, submitted = it.engine.submit, []
+        it.engine.submit = lambda requests: (submitted.append(len(requests)), submit(requests))[1]  # type: ignore
         first = asyncio.create_task(it.generate(endless("r-1")))
         await it.untilload_engine(1)
         second = asyncio.create_task(it.generate(endless("r-1")))
         await asyncio.sleep(0.1)
         first.cancel()
         assert len((await second).completions) == 1
+        assert submitted == [1], "the channel tries again what the server gave up"
         assert await it.load() == (0, 0)
 
 

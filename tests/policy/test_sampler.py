@@ -141,6 +141,13 @@ def test_end_tokens_wait_for_min_new_tokens() -> None:
     assert [sampler.sample(logits, np.array([step]))[0].item() for step in range(3)] == [2, 2, 0]
 
 
+def test_each_row_counts_its_own_steps() -> None:
+    logits = torch.tensor([[5.0, 0.0, 1.0]]).repeat(3, 1)
+    early = SamplerRow(0, Sampling(temperature=0), LogprobMode.TEMPERATURE, 2, frozenset({0}))
+    sampler = Sampler([row(temperature=0), early, early], [NONE] * 3, 3, "cpu")
+    assert sampler.sample(logits, np.array([0, 9, 1]))[0].tolist() == [0, 0, 2]
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from([0.0, 0.0, 1e-30, 0.25, 3.0]), min_size=1, max_size=400), st.floats(0, 1))
 def test_pick_never_takes_what_has_no_probability(weights: list[float], u: float) -> None:
