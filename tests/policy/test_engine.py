@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     MambaConfig,
@@ -317,7 +319,9 @@ def test_models_whose_memory_is_no_row_are_refused() -> None:
     mamba = MambaForCausalLM(MambaConfig(**small, state_size=4, pad_token_id=1, bos_token_id=1, eos_token_id=1))
     window = MistralForCausalLM(MistralConfig(**{**SMALL, "sliding_window": 32}))
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=280, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8))
+    falcon = FalconForCausalLM(FalconConfig(**small, num_attention_heads=2, alibi=True))
     for model, said in (
+        (falcon, "ALiBi"),
         (mamba, "remembers by LinearAttentionLayer"),
         (window, "window of 32"),
         (t5, "encoder-decoder"),

@@ -160,6 +160,10 @@ def check_cacheable(model: PreTrainedModel) -> int:
         raise ModelError(f"{name}: encoder-decoder models cannot be served; give a decoder-only one")
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ModelError(f"{name}: attention {config._attn_implementation!r} has no masks per row; load it as sdpa")
+    if getattr(config, "alibi", False):
+        raise ModelError(
+            f"{name}: its positions (ALiBi) are read off a mask that rows of their own lengths do not have"
+        )
     windows = []
     for layer in DynamicCache(config=config).layers:
         if isinstance(layer, DynamicSlidingWindowLayer):
