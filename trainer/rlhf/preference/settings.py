@@ -46,9 +46,9 @@ class RewardModelSettings(Compute, Optimisation):
     """Causal language model whose trunk the reward model starts from. None: the run's sft/ or pretrained/."""
     out: Path | None = None
     """Folder to write. None: the run's reward-model/."""
-    lr: float = Field(default=3e-4, gt=0)
-    """Peak learning rate."""
-    prompts_per_batch: PositiveInt = 16
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate; for a model of a million parameters. Larger ones take less, 1e-5 near a billion."""
+    prompts_per_batch: PositiveInt = 8
     """Judgments per micro-batch, each with all pairs of its completions."""
     epochs: PositiveInt = 1
     """Passes over the judgments; more than one overfits rankings quickly."""
