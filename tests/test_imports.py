@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {*LOW, "wire"},
     "ppo": {*LOW, "data", "models", "observe", "ops", "queues", "serving", "wire", "v1"},
     "sft": {*LOW, "data", "models", "observe", "ops"},
-    "preference": {*LOW, "data", "models", "observe", "ops", "reward"},
+    "preference": {*LOW, "data", "models", "observe", "ops", "reward", "sft"},
 }
 
 

@@ -151,7 +151,7 @@ def test_weights_that_are_not_the_current_ones(
     sha256 = hashlib.sha256(b"weights").hexdigest()
     old, current = WeightVersion("r", 0, 0, "e" * 64), WeightVersion("r", 0, 1, sha256)
     registry = open_registry(open_client(embedded_redis, redis_settings), run_name, redis_settings)
-    assert registry.advance(current, str(weights), None)
+    assert registry.advance(current, weights.as_uri(), None)
 
     def settings_with(held: WeightVersion) -> Settings:
         policy = serve("policy", policy_pb2.PolicyInfoResponse(tokenizer_sha256="a", current=to_version(held)))

@@ -23,7 +23,7 @@ from rlhf.queues.registry import Beat, Current, Replica, open_registry
 from rlhf.queues.streams import prompts_queue, rollouts_queue
 from rlhf.settings.paths import RunPaths
 from rlhf.settings.run import Settings
-from rlhf.supervisor.lock import holder, is_held
+from rlhf.supervisor.lock import embedded_redis_runs, holder, is_held
 from rlhf.supervisor.settings import Stage
 
 PATIENCE_S = 3.0
@@ -52,9 +52,9 @@ def run(settings: Settings) -> None:
     Raises:
         Unavailable: a Redis of one's own (redis.url) does not answer.
     """
-    console, paths = Console(), settings.paths
+    console, paths = _console(), settings.paths
     processes = supervised(paths)
-    console.print(headline(settings, processes), highlight=False, markup=False)
+    console.print(headline(settings, processes), highlight=False, markup=False, soft_wrap=True)
     if processes:
         console.print(_process_table(processes))
     traffic = look(settings)
@@ -65,7 +65,7 @@ def run(settings: Settings) -> None:
     for table in (_queue_table(traffic), _replica_table(traffic)):
         console.print(table)
     for sentence in (*training(traffic, paths), *waits(traffic.beats, traffic.prompts, traffic.replicas)):
-        console.print(sentence, highlight=False, markup=False)
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 def supervised(paths: RunPaths) -> list[dict[str, Any]]:
@@ -78,7 +78,7 @@ def supervised(paths: RunPaths) -> list[dict[str, Any]]:
 
 def look(settings: Settings) -> Traffic | None:
     """None: the run's embedded Redis is not running."""
-    if settings.redis.url == EMBEDDED and not (settings.paths.redis / "address.json").exists():
+    if settings.redis.url == EMBEDDED and not embedded_redis_runs(settings.paths):
         return None
     patience_s = min(PATIENCE_S, settings.redis.connect_timeout_s)
     redis_settings = settings.redis.model_copy(update={"connect_timeout_s": patience_s})
@@ -132,9 +132,9 @@ def _newest_metrics(paths: RunPaths) -> dict[str, Any]:
 
 
 def _process_table(processes: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("process", "state", "pid", "restarts", "address", "log")
+    table = _table("process", "state", "pid", "restarts", "address")
     for process in processes:
-        table.add_row(*(str(process[name]) for name in ("name", "state", "pid", "restarts", "address", "log")))
+        table.add_row(*(str(process[name]) for name in ("name", "state", "pid", "restarts", "address")))
     return table
 
 
@@ -150,11 +150,16 @@ def _queue_table(traffic: Traffic) -> Table:
 def _replica_table(traffic: Traffic) -> Table:
     table = _table("policy", "address", "weights", "prepared", "state")
     for replica in traffic.replicas:
-        behind = traffic.current is not None and replica.version != traffic.current.version
-        state = ("ready" if replica.ready else "not ready") + (", behind the current weights" if behind else "")
+        state = "ready" if replica.ready else "not ready"
         prepared = "" if replica.prepared is None else str(replica.prepared)
         table.add_row(replica.name, replica.address, str(replica.version), prepared, state)
     return table
+
+
+def _console() -> Console:
+    """Wide where nobody looks at a terminal, so that a line stays a line."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
 
 
 def _table(*columns: str) -> Table:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf.errors import StageFailed, StorageError
+from rlhf.settings.paths import RunPaths
 
 MOMENT_S = 0.3
 
@@ -45,6 +46,11 @@ def is_held(path: Path) -> bool:
         return not _taken(handle)
     finally:
         os.close(handle)
+
+
+def embedded_redis_runs(paths: RunPaths) -> bool:
+    """`address.json` alone does not say so: whoever is killed leaves it behind."""
+    return is_held(paths.redis / "lock")
 
 
 def holder(path: Path) -> str:

@@ -20,6 +20,7 @@ from rlhf.queues.connection import EMBEDDED, connect
 from rlhf.settings import Listen
 from rlhf.settings.run import Settings
 from rlhf.supervisor.embedded_redis import find_server
+from rlhf.supervisor.lock import embedded_redis_runs
 
 DISTRIBUTION = "rlhf-services"
 MIN_FREE_GIB = 2.0
@@ -49,8 +50,7 @@ def check_packages(settings: Settings) -> Iterator[Finding]:
 
 
 def check_redis(settings: Settings) -> Iterator[Finding]:
-    running = (settings.paths.redis / "address.json").exists()
-    if settings.redis.url == EMBEDDED and not running:
+    if settings.redis.url == EMBEDDED and not embedded_redis_runs(settings.paths):
         server = find_server()
         version = ".".join(map(str, server.version))
         yield Finding("redis", True, f"`rlhf run` will start {server.path}, version {version}")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from rlhf.doctor.findings import Finding
 from rlhf.errors import InputError
 from rlhf.models.folders import sha256_file, start_model
 from rlhf.observe.status import look, supervised
+from rlhf.queues.registry import Current
 from rlhf.rollouts.settings import RolloutsSettings
 from rlhf.serving.client import call_sync, connect_sync
 from rlhf.settings.run import Settings
@@ -18,6 +22,7 @@ from rlhf.supervisor.group import SERVICES
 from rlhf.supervisor.health import is_serving
 from rlhf.v1 import policy_pb2, policy_pb2_grpc, reference_pb2, reference_pb2_grpc, reward_pb2, reward_pb2_grpc
 from rlhf.wire.messages import from_version
+from rlhf.wire.records import WeightVersion
 
 TIMEOUT_S = 3.0
 _INFO: dict[str, tuple[Any, Any]] = {
@@ -33,6 +38,8 @@ class Asked:
 
     policies: dict[str, policy_pb2.PolicyInfoResponse] = field(default_factory=dict)
     """By name of the replica."""
+    addresses: dict[str, str] = field(default_factory=dict)
+    """By name of the service."""
     reward: reward_pb2.RewardInfoResponse | None = None
     reference: reference_pb2.ReferenceInfoResponse | None = None
 
@@ -103,23 +110,52 @@ def _check_reference(asked: Asked, settings: Settings) -> Iterator[Finding]:
 
 def _check_weights(asked: Asked, settings: Settings) -> Iterator[Finding]:
     """Every replica holds the current version, and the file of that version is unaltered."""
-    traffic = look(settings) if asked.policies else None
-    if traffic is None or traffic.current is None:
+    current = _current(settings) if asked.policies else None
+    if current is None:
         return
-    version, place = traffic.current.version, Path(traffic.current.uri) / "model.safetensors"
-    found = sha256_file(place) if place.exists() else "missing"
-    what = f"current is {version}, and {place} is {found[:8]}"
-    yield Finding("weights", found == version.sha256, what, "restart the trainer: it publishes its weights again")
-    for name, info in asked.policies.items():
-        held = from_version(info.current)
-        yield Finding("weights", held == version, f"{name} holds {held}", f"current is {version}; see {name}'s log")
+    place, found = _published(current)
+    while found != current.version.sha256 and (newer := _current(settings)) is not None and newer != current:
+        current, (place, found) = newer, _published(newer)  # the trainer has removed the older one meanwhile
+    what = f"current is {current.version}, and {place} is {found[:8]}"
+    fine = found == current.version.sha256
+    yield Finding("weights", fine, what, "restart the trainer: it publishes its weights again")
+    for name in asked.policies:
+        held, current_then = _held(asked.addresses[name], settings)
+        remedy = f"current is {current_then}; see {name}'s log"
+        yield Finding("weights", held == current_then, f"{name} holds {held}", remedy)
 
 
-def _ask(asked: Asked, name: str, section: str, address: str, settings: Settings) -> None:
+def _published(current: Current) -> tuple[Path, str]:
+    """The file of a version, and its hash."""
+    place = Path(url2pathname(urlsplit(current.uri).path)) / "model.safetensors"
+    return place, sha256_file(place) if place.exists() else "missing"
+
+
+def _held(address: str, settings: Settings) -> tuple[WeightVersion, WeightVersion | None]:
+    """What a replica holds and what is current, asked again while the trainer may be between the two."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while True:
+        held, current = from_version(_info("policy", address, settings).current), _current(settings)
+        if current is None or held == current.version or time.monotonic() > deadline_s:
+            return held, None if current is None else current.version
+        time.sleep(0.1)
+
+
+def _current(settings: Settings) -> Current | None:
+    traffic = look(settings)
+    return None if traffic is None else traffic.current
+
+
+def _info(section: str, address: str, settings: Settings) -> Any:
     stub, request = _INFO[section]
     rollouts = settings.rollouts
     with connect_sync(address, token_file=rollouts.token_file, tls_ca=rollouts.tls_ca) as channel:
-        answer = call_sync(stub(channel).Info, request(), timeout_s=TIMEOUT_S)
+        return call_sync(stub(channel).Info, request(), timeout_s=TIMEOUT_S)
+
+
+def _ask(asked: Asked, name: str, section: str, address: str, settings: Settings) -> None:
+    answer = _info(section, address, settings)
+    asked.addresses[name] = address
     if section == "policy":
         asked.policies[name] = answer
     elif section == "reward":
