@@ -69,7 +69,7 @@ class Service:
         info = await call(self.policy.Info, policy_pb2.PolicyInfoRequest(), timeout_s=5)
         return info.running, info.waiting
 
-    async def untilload_engine(self, running: int, waiting: int = 0) -> None:
+    async def until_load(self, running: int, waiting: int = 0) -> None:
         async with asyncio.timeout(10):
             while await self.load() != (running, waiting):  # noqa: ASYNC110 (a client can only ask)
                 await asyncio.sleep(0.005)
@@ -190,20 +190,20 @@ async def test_a_client_that_goes_away_in_mid_stream_is_noticed_by_nobody_else(f
         staying = asyncio.create_task(it.completions(other))
         going.cancel()
         assert (await staying)[0].token_ids.tolist() == alone[0].token_ids.tolist()
-        await it.untilload_engine(0)
+        await it.until_load(0)
 
 
 @in_loop
 async def test_cancelled_and_expired_calls_leave_at_once(folder: Path) -> None:
     async with service(folder, step_s=0.05, max_sequences=1) as it:
         waiting = [asyncio.create_task(it.generate(endless())) for _ in range(3)]
-        await it.untilload_engine(1, 2)
+        await it.until_load(1, 2)
         with pytest.raises(errors.DeadlineExceeded):
             await it.generate(endless(), timeout_s=0.1)
         for task in waiting:
             task.cancel()
         began = time.monotonic()
-        await it.untilload_engine(0)
+        await it.until_load(0)
         assert time.monotonic() - began < 1, "sixty steps of 0.05 s are left to each"
 
 
@@ -238,7 +238,7 @@ async def test_a_caller_that_leaves_does_not_end_it_for_one_that_attached(folder
         submit, submitted = it.engine.submit, []
         it.engine.submit = lambda requests: (submitted.append(len(requests)), submit(requests))[1]  # type: ignore
         first = asyncio.create_task(it.generate(endless("r-1")))
-        await it.untilload_engine(1)
+        await it.until_load(1)
         second = asyncio.create_task(it.generate(endless("r-1")))
         await asyncio.sleep(0.1)
         first.cancel()
@@ -251,9 +251,9 @@ async def test_a_caller_that_leaves_does_not_end_it_for_one_that_attached(folder
 async def test_a_full_line_is_overloaded_with_a_time_to_come_back(folder: Path) -> None:
     async with service(folder, step_s=0.05, max_sequences=1, max_waiting_sequences=2) as it:
         tasks = [asyncio.create_task(it.generate(endless()))]
-        await it.untilload_engine(1)
+        await it.until_load(1)
         tasks += [asyncio.create_task(it.generate(endless())) for _ in range(2)]
-        await it.untilload_engine(1, 2)
+        await it.until_load(1, 2)
         refused = await asyncio.to_thread(refusal, it.server.address)
         for task in tasks:
             task.cancel()
@@ -378,7 +378,7 @@ async def test_a_flipped_byte_is_refused_and_serving_goes_on(folder: Path, tmp_p
 async def test_an_engine_that_fails_ends_the_process_and_its_calls(folder: Path) -> None:
     async with service(folder, step_s=0.02) as it:
         waiting = asyncio.create_task(call(it.policy.Generate, endless(), timeout_s=5))
-        await it.untilload_engine(1)
+        await it.until_load(1)
         it.engine._current.model.register_forward_pre_hook(broken)
         with pytest.raises(errors.RlhfError, match=r"engine failed.*broken"):
             await it.server.wait_for_failure()

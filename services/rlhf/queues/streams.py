@@ -244,7 +244,7 @@ class Queue:
             secrets.token_hex(8),
         ]
         args += [self._settings.max_dead_letters, self.max_bytes]
-        reply = self._unlessgroup_is_missing(lambda: self._fail(keys, args), b"GONE").decode()
+        reply = self._unless_group_is_missing(lambda: self._fail(keys, args), b"GONE").decode()
         if reply == "FENCED":
             raise self._fenced()
         self._forget([delivery])
@@ -258,7 +258,7 @@ class Queue:
     def _renew_as(self, consumer: str, entry_ids: Sequence[str]) -> set[str]:
         args = [self.group, self._fence, consumer, *entry_ids]
         keys = [self.keys.stream, self.keys.fence]
-        kept = self._unlessgroup_is_missing(lambda: self._renew(keys, args), [])
+        kept = self._unless_group_is_missing(lambda: self._renew(keys, args), [])
         if kept == scripts.FENCED:
             raise self._fenced()
         return {entry_id.decode() for entry_id in kept}
@@ -286,7 +286,7 @@ class Queue:
         for delivery in deliveries:
             self._reader(delivery.consumer).forget(delivery.entry_id)
 
-    def _unlessgroup_is_missing(self, call: Callable[[], Any], otherwise: Any) -> Any:
+    def _unless_group_is_missing(self, call: Callable[[], Any], otherwise: Any) -> Any:
         """Nothing is pending in a group that is not there; the next `consume` makes it again."""
         try:
             return self._patiently(call)
