@@ -134,6 +134,19 @@ def test_completion_that_is_too_long_is_named() -> None:
         encode(rows, tiny_tokenizer(), 60, Path("c.jsonl"))
 
 
+def test_completion_that_fills_the_context_goes_without_an_end_token(tmp_path: Path) -> None:
+    rows = judgments(8)
+    word = tiny_tokenizer()(" x").input_ids
+    room = 64 - len(tiny_tokenizer()(rows[1].prompt).input_ids)
+    rows[1] = replace(rows[1], completions=(" x" * (room // len(word)) + "x" * (room % len(word)), " a", " b", " c"))
+    full, short = encode(rows, tiny_tokenizer(), 64, Path("c.jsonl"), context_tokens=64)[1].token_ids[:2]
+    assert len(full) == 64
+    assert [ids.count(tiny_tokenizer().eos_token_id) for ids in (full, short)] == [0, 1]
+    with pytest.raises(DataError, match=r"have 65 tokens, but 64"):
+        encode(rows, tiny_tokenizer(), 64, Path("c.jsonl"), context_tokens=128)
+    assert training.run(tiny_settings(tmp_path, rows))["train_judgments"] > 0
+
+
 def test_empty_completion_is_scored_at_its_end_token() -> None:
     row = replace(judgments(1)[0], completions=("", " good", " dull", " fine"))
     ids = encode([row], tiny_tokenizer(), 60, Path("c.jsonl"))[0].token_ids[0]

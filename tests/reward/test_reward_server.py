@@ -158,6 +158,26 @@ def test_a_completion_that_was_ended_scores_as_one_that_was_cut_off(folder: Path
     asyncio.run(scenario())
 
 
+def test_a_completion_that_fills_the_context_is_scored_at_its_own_last_token(folder: Path) -> None:
+    full = [([5, 6], [7] * 62)]
+
+    async def scenario() -> None:
+        async with service(model=folder) as stub:
+            request = reward_pb2.ScoreRequest(tokens=token_batch([*full, *encoded()]), per_token=True)
+            response = await call(stub.Score, request, timeout_s=20)
+            model = RewardModel.load(folder)
+            ids = torch.tensor([full[0][0] + full[0][1]])
+            with torch.inference_mode():
+                own = model(ids, torch.ones_like(ids, dtype=torch.bool)).item()
+            score, *others = from_tensor(response.scores, "").tolist()
+            row = from_ragged(response.token_rewards, "")[0]
+            assert score == pytest.approx(own, abs=1e-5)
+            assert (len(row), float(row[-1])) == (62, score)
+            assert others == pytest.approx(await scores_of(stub, tokens=token_batch(encoded())), abs=1e-5)
+
+    asyncio.run(scenario())
+
+
 def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(folder: Path) -> None:
     pairs = encoded([("A", " film." * n) for n in range(1, 9)])
 
@@ -212,7 +232,7 @@ def test_tokens_of_another_tokenizer_are_scored_from_their_text(folder: Path) ->
         ({"texts": text_batch([])}, errors.RequestError, "at least one item"),
         ({"tokens": token_batch([([1, 2], [])])}, errors.RequestError, "prompt_lengths: 2 for sequence 0 of 2 tokens"),
         ({"texts": text_batch([("A", "")])}, errors.RequestError, "completion of item 0 is empty"),
-        ({"tokens": token_batch([([1], [2] * 63)])}, errors.RequestError, "65 tokens and the model's context is 64"),
+        ({"tokens": token_batch([([1], [2] * 64)])}, errors.RequestError, "65 tokens and the model's context is 64"),
         ({"texts": text_batch([("A", " film" * 99)])}, errors.RequestError, "the model's context is 64"),
         ({"tokens": token_batch([([1], [280])])}, errors.RequestError, "token 280, and the vocabulary ends at 279"),
         ({"tokens": token_batch([([1], [-1])])}, errors.RequestError, "token -1"),

@@ -27,9 +27,8 @@ class RewardHead:
         self._model = model
         self._tokenizer = tokenizer
         self._pad_id = pad_token_id(tokenizer)
-        config = model.classifier.config
         self.vocab_size: int = model.classifier.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
-        self.max_context_tokens: int | None = getattr(config, "max_position_embeddings", None)
+        self.max_context_tokens = model.context_tokens
         """None: the architecture knows no limit."""
 
     @classmethod
@@ -49,9 +48,10 @@ class RewardHead:
         return tuple(self._encode(item) for item in texts)
 
     def reading(self, item: TokenItem) -> Reading:
-        """The item as the model was trained to read it: up to one end token, whether it was ended or cut off."""
-        token_ids = np.asarray(ended(item.token_ids.tolist(), self._tokenizer.eos_token_id), dtype=np.int64)
-        return Reading(token_ids, item.prompt_length, len(item.token_ids))
+        """The item as the model was trained to read it: up to one end token, whether it was ended or cut off, or up to
+        its last token where it fills the context."""
+        token_ids = ended(item.token_ids.tolist(), self._tokenizer.eos_token_id, self.max_context_tokens)
+        return Reading(np.asarray(token_ids, dtype=np.int64), item.prompt_length, len(item.token_ids))
 
     def forward(self, readings: Sequence[Reading]) -> list[Score]:
         """Normalised values at every token; the last one's is the score."""

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a reward model reads of one item: its tokens and one end token."""
+    """What a reward model reads of one item: its tokens and one end token, if the context has room for it."""
 
     token_ids: NDArray[np.integer[Any]]
-    """[T], or [T + 1] where the item did not end with an end token."""
+    """[T + 1], or [T] where the item ends with an end token or fills the context."""
     prompt_length: int
     length: int
     """T, of the item itself."""

@@ -27,13 +27,19 @@ FACTS_FILE = "reward_model.json"
 REFERENCE_SET_FILE = "reference_set.jsonl"
 
 
-def ended(token_ids: Sequence[int], end_token_id: int | None) -> list[int]:
-    """What a reward model reads of a sequence: its tokens and exactly one end token behind them.
+def ended(token_ids: Sequence[int], end_token_id: int | None, context_tokens: int | None = None) -> list[int]:
+    """What a reward model reads of a sequence: its tokens and exactly one end token behind them, if there is room.
 
     Annotators judge a text, whether the policy ended it or was cut off, so the score of both is read at an end token;
-    penalties for being cut off are the trainer's.
+    penalties for being cut off are the trainer's. A sequence that fills the model's context is read at its own last
+    token instead. Training, the service and the evaluation all read through here.
+
+    Args:
+        context_tokens: of the reward model; None: it knows no limit.
     """
-    if end_token_id is None or (len(token_ids) and token_ids[-1] == end_token_id):
+    over = len(token_ids) > 0 and token_ids[-1] == end_token_id
+    full = context_tokens is not None and len(token_ids) >= context_tokens
+    if end_token_id is None or over or full:
         return list(token_ids)
     return [*token_ids, end_token_id]
 
@@ -123,6 +129,11 @@ class RewardModel(nn.Module):
     def head(self) -> nn.Linear:
         """[1, H], no bias."""
         return self.classifier.score  # type: ignore[return-value]
+
+    @property
+    def context_tokens(self) -> int | None:
+        """The longest sequence that it reads; None: the architecture knows no limit."""
+        return getattr(self.classifier.config, "max_position_embeddings", None)
 
     @property
     def device(self) -> torch.device:

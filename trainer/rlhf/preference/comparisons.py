@@ -28,7 +28,7 @@ class Comparison:
     completions: tuple[str, ...]
     """[K]"""
     token_ids: tuple[list[int], ...]
-    """[K], prompt and completion and one end token."""
+    """[K], prompt and completion and one end token, as `rlhf.models.reward.ended` puts it."""
     ranks: tuple[int, ...]
     """[K], 1 = best, equal = tie."""
 
@@ -58,9 +58,17 @@ class ComparisonBatch:
 
 
 def encode(
-    judgments: Sequence[Judgment], tokenizer: PreTrainedTokenizerBase, max_length: int, source: Path
+    judgments: Sequence[Judgment],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    source: Path,
+    context_tokens: int | None = None,
 ) -> list[Comparison]:
     """Prompt and completion are encoded apart, as the reward service does.
+
+    Args:
+        max_length: tokens that a sequence may have, the end token included.
+        context_tokens: of the reward model; None: it knows no limit.
 
     Raises:
         DataError: a completion is too long with its prompt; names file and row.
@@ -72,7 +80,8 @@ def encode(
     encoded = []
     for number, judgment in enumerate(judgments, start=1):
         start = prompt_ids[judgment.prompt]
-        sequences = tuple(ended(start + completion_ids[text], tokenizer.eos_token_id) for text in judgment.completions)
+        whole = [start + completion_ids[text] for text in judgment.completions]
+        sequences = tuple(ended(ids, tokenizer.eos_token_id, context_tokens) for ids in whole)
         longest = max(map(len, sequences))
         if longest > max_length:
             raise DataError(

@@ -47,8 +47,9 @@ def run(settings: Settings) -> Mapping[str, Any]:
     source, folder = section.comparisons or settings.paths.comparisons, section.init_from or start_model(settings)
     model, tokenizer = RewardModel.new(folder, seed=section.seed, device=section.device), load_tokenizer(folder)
     disable_dropout(model)
-    context = getattr(model.classifier.config, "max_position_embeddings", section.max_length)
-    comparisons = encode(read_judgments(source), tokenizer, min(context, section.max_length), source)
+    context = model.context_tokens
+    max_length = min(context or section.max_length, section.max_length)
+    comparisons = encode(read_judgments(source), tokenizer, max_length, source, context)
     training, heldout = split_by_prompt(comparisons, section.heldout_fraction, section.seed)
     _check_ordered(source, training, heldout)
     trained = train(_job(settings, model.train(), training, pad_token_id(tokenizer), out))
@@ -144,8 +145,8 @@ def _normalise(
 ) -> None:
     prompts = tokenizer([prompt for prompt, _ in reference]).input_ids
     completions = tokenizer([completion for _, completion in reference], add_special_tokens=False).input_ids
-    end_id = tokenizer.eos_token_id
-    sequences = [ended(prompt + completion, end_id) for prompt, completion in zip(prompts, completions, strict=True)]
+    whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    sequences = [ended(ids, tokenizer.eos_token_id, model.context_tokens) for ids in whole]
     model.normalise(torch.from_numpy(raw_scores(model, sequences, pad_token_id(tokenizer), section)))
 
 
