@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rlhf import errors
 from rlhf.models.tokenizer import tokenizer_sha256
 from rlhf.models.weights import WEIGHTS_FILE, write_weights
+from rlhf.policy import requests
 from rlhf.policy.continuous import ContinuousEngine
 from rlhf.policy.server import POLICY, SERVICES, WEIGHTS, load_engine, serving, starting
 from rlhf.policy.settings import PolicySettings
@@ -148,6 +149,17 @@ async def test_without_a_seed_equal_prompts_differ_and_can_be_repeated(folder: P
         again = await it.completions(request([5, 6], new=12, sampling={"seed": second.seed}))
     assert first.token_ids.tolist() != second.token_ids.tolist()
     assert again[0].token_ids.tolist() == second.token_ids.tolist()
+
+
+@in_loop
+async def test_the_largest_seed_is_drawn_and_counted_on_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = request([5, 6], new=2, sampling={"completions": 2})
+    asked.sampling.ClearField("seed")
+    monkeypatch.setattr(requests.secrets, "randbelow", lambda bound: bound - 1)
+    async with service(folder) as it:
+        answer = await it.generate(asked)
+    assert answer.sampling.seed == 2**64 - 1
+    assert [completion.seed for completion in answer.completions] == [2**64 - 1, 0]
 
 
 @in_loop

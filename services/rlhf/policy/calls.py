@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 
 from rlhf.errors import RequestError, Unavailable
-from rlhf.policy.engine import Engine, Event, Failed, Finished, GenerationRequest, TokenSampled
+from rlhf.policy.engine import SEEDS, Engine, Event, Failed, Finished, GenerationRequest, TokenSampled
 from rlhf.policy.engine_thread import EngineThread
 from rlhf.policy.requests import GenerateCall
 from rlhf.v1 import policy_pb2
@@ -256,7 +256,7 @@ class _Running:
         self.wake()
 
     def _seed(self, prompt: int, completion: int) -> int:
-        return (self.call.seeds[prompt] + completion) % 2**64
+        return (self.call.seeds[prompt] + completion) % SEEDS
 
 
 def _finished_event(completion: policy_pb2.Completion) -> policy_pb2.GenerateEvent:

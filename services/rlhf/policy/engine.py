@@ -25,6 +25,9 @@ from rlhf.wire.records import (
     WeightVersion,
 )
 
+SEEDS = 2**64
+"""Seeds are below it, as in the protos; counting on from the last one begins at 0 again."""
+
 
 @dataclass(frozen=True)
 class Requirement:
@@ -55,6 +58,7 @@ class GenerationRequest:
     prompt: Tokens
     """[P], at least one. Requests that share the array share the computation of its cache."""
     seed: int
+    """Taken modulo SEEDS."""
     sampling: Sampling
     stopping: Stopping
     logprob_mode: LogprobMode = LogprobMode.TEMPERATURE

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from rlhf.errors import RequestError
-from rlhf.policy.engine import EngineInfo, Requirement
+from rlhf.policy.engine import SEEDS, EngineInfo, Requirement
 from rlhf.policy.settings import PolicySettings
 from rlhf.serving.token_checks import check_tokenizer, check_tokens
 from rlhf.v1 import policy_pb2
@@ -19,8 +19,6 @@ from rlhf.wire.messages import from_sampling, from_stopping, from_version
 from rlhf.wire.records import LogprobMode, Sampling, Stopping, Tokens
 from rlhf.wire.tensors import from_tensor
 
-SEEDS = 2**63
-"""Seeds are drawn below it, so that seed + k stays in the proto's range."""
 MAX_STOP_STRINGS = 16
 """Each is looked for after every token."""
 

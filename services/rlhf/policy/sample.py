@@ -19,8 +19,8 @@ from rlhf.models.folders import start_model
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.observe.progress import progress
 from rlhf.policy.continuous import ContinuousEngine, Limits
-from rlhf.policy.engine import Engine, Failed, Finished, GenerationRequest
-from rlhf.policy.requests import SEEDS, check_prompts, check_sampling
+from rlhf.policy.engine import SEEDS, Engine, Failed, Finished, GenerationRequest
+from rlhf.policy.requests import check_prompts, check_sampling
 from rlhf.policy.settings import SamplingSettings
 from rlhf.wire.records import Completion, LogprobMode, Sampling, Stopping, Tokens, WeightVersion
 
@@ -101,7 +101,7 @@ def generate(
             for i, prompt in enumerate(prompts)
             for k in range(sampling.completions)
         ]
-        requests = [replace(request, seed=(seed + request.id) % 2**64) for request in requests]
+        requests = [replace(request, seed=(seed + request.id) % SEEDS) for request in requests]
         finished = _run(engine, requests, on_finished)
     completions = [_completion(finished[request.id], request) for request in requests]
     k = sampling.completions

@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlhf.policy.engine import SEEDS
 from rlhf.wire.records import LogprobMode, Sampling, Tokens
 
-SEEDS = 2**64
 _LARGEST_BELOW_ONE = 1.0 - 2.0**-52
 _BLOCK = 128
 
