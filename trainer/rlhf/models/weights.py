@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -140,8 +139,3 @@ def verify_file(path: Path, size_bytes: int, sha256: str) -> None:
 
 def _first(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def to_json(version: WeightVersion) -> dict[str, Any]:
-    """For manifests and checkpoints; `WeightVersion(**value)` reads it back."""
-    return asdict(version)
