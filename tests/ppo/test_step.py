@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from rlhf.errors import StageFailed
 from rlhf.models.causal import disable_dropout
 from rlhf.models.reward import RewardModel
 from rlhf.ops import kl_penalty
@@ -236,3 +237,18 @@ def test_a_reward_model_serves_as_critic(tmp_path):
     # The state before the last token is the first three; the reward model scores just those.
     score = critic(torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.bool))
     assert values[3].item() == pytest.approx(score.item(), abs=1e-5)
+
+
+def test_what_lies_outside_the_mask_reaches_no_gradient():
+    values = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    mask, nan = torch.tensor([[True, False]]), torch.tensor([[0.0, float("nan")]])
+    value_loss(values, nan, nan, mask, 0.2).backward()
+    assert values.grad.tolist() == [[1.0, 0.0]]
+
+
+def test_a_score_that_is_not_finite_ends_the_step_before_the_weights_change():
+    step = new_step()
+    before = [p.detach().clone() for p in step.learner.policy.parameters()]
+    with pytest.raises(StageFailed, match="policy's gradient is nan"):
+        step(some_rollouts(step, reward=lambda response: float("nan")))
+    assert all(a.equal(b) for a, b in zip(before, step.learner.policy.parameters(), strict=True))

@@ -1,5 +1,6 @@
 """The trainer against a real Redis: to the end, through failures, and through kills."""
 
+import errno
 import json
 import os
 import signal
@@ -9,11 +10,14 @@ import time
 
 import pytest
 
-from rlhf.errors import DataError, DeadlineExceeded, ModelError, SettingsError, StageFailed
+from rlhf.errors import DataError, DeadlineExceeded, ModelError, SettingsError, StageFailed, StorageError
 from rlhf.models.causal import load_causal_lm
-from rlhf.ppo import audit, loop
+from rlhf.ppo import audit, intake, loop
 from rlhf.ppo.checkpoint import checkpoints
+from rlhf.ppo.learner import Learner
+from rlhf.ppo.settings import PpoSettings
 from rlhf.queues.connection import connect
+from rlhf.queues.keys import RunKeys
 from rlhf.settings.run import Settings
 from support.answering import AnsweringWorker
 from support.tiny import tiny_lm_folder, tiny_reward_folder
@@ -72,7 +76,7 @@ def test_a_run_from_start_to_end(settings, worker):
     assert (figures["steps"], figures["rollouts"], figures["dead"]) == (6, 24, 0)
     assert [row["step"] for row in metrics(settings)] == [1, 2, 3, 4, 5, 6]
     assert all(row["first_ratio_error"] == 0.0 for row in metrics(settings))
-    assert [path.name for path in checkpoints(settings.paths.checkpoints)] == ["4", "6"]
+    assert [path.name for path in checkpoints(settings.paths.checkpoints)] == ["3-6", "4-6"]
     assert [path.name for path in sorted(settings.paths.sample_tables.iterdir())] == [
         "step-000003.jsonl",
         "step-000006.jsonl",
@@ -160,7 +164,7 @@ def test_sigterm_saves_and_says_that_it_is_not_finished(settings, worker):
     wait_for_step(settings, 3)
     trainer.send_signal(signal.SIGTERM)
     assert trainer.wait(timeout=20) == loop.STOPPED
-    assert int(checkpoints(settings.paths.checkpoints)[-1].name) >= 3
+    assert int(checkpoints(settings.paths.checkpoints)[-1].name.split("-")[1]) >= 3
 
 
 def test_an_altered_checkpoint_is_refused(settings, worker):
@@ -203,3 +207,99 @@ def test_staleness_lets_generation_run_ahead(settings, worker):
     settings = changed(settings, max_staleness=1, old_logprobs="service")
     assert loop.run(settings)["rollouts"] == 24
     assert audit.run(settings)["trained"] == 24
+
+
+def test_a_rollout_that_cannot_be_used_is_issued_again_also_after_a_kill(settings, worker):
+    """The dead letter lies in the rollouts stream; a trainer that never saw it die must find it there."""
+    settings = changed(settings, steps=4, checkpoint_every=100)
+    enqueue = worker.rollouts.enqueue
+
+    def spoil_first(item_id, payload):
+        return enqueue(item_id, b"no rollout" if item_id.endswith("/2/0") else payload)
+
+    worker.rollouts.enqueue = spoil_first
+    trainer = start_trainer(settings)
+    wait_for_step(settings, 2)
+    trainer.kill()
+    trainer.wait()
+    assert loop.run(settings)["dead"] == 1
+    assert audit.run(settings)["trained"] == 16
+
+
+def test_an_entry_that_somebody_else_wrote_harms_nobody(settings, worker):
+    for queue in (worker.rollouts, worker.prompts):
+        connect(settings).xadd(queue.keys.stream, {"hello": "world"})
+    assert loop.run(settings)["rollouts"] == 24
+    assert worker.prompts.counts().dead == worker.rollouts.counts().dead == 1
+
+
+def test_what_redis_lost_is_sent_again(settings, worker, monkeypatch):
+    """As after a kill on a slow disk, only worse: both streams are gone with all that they remember."""
+    monkeypatch.setattr(intake, "SEND_AGAIN_S", 1.0)
+    client = connect(settings)
+    fence = worker.rollouts.keys.fence.encode()
+    lost = []
+
+    def lose(task):
+        if task.prompt_index == 9 and not lost:
+            keys = set(client.keys(f"{RunKeys(settings.run.name).prefix}q:*")) - {fence}
+            lost.append(client.delete(*keys))
+
+    worker.fail_by(lose)
+    assert loop.run(settings)["rollouts"] == 24
+    assert lost[0] > 5
+
+
+def test_the_audit_finds_a_rollout_acknowledged_without_an_outcome(settings, worker):
+    loop.run(settings)
+    worker.rollouts.enqueue("of nobody", b"x")
+    worker.rollouts.acknowledge(worker.rollouts.consume("trainer-0", 1, 1.0))
+    with pytest.raises(StageFailed, match="25 acknowledged rollouts are among the ledger's 24"):
+        audit.run(settings)
+
+
+def test_a_row_cut_by_a_kill_does_not_spoil_the_next(settings, worker):
+    settings = changed(settings, steps=4)
+    loop.run(settings)
+    with open(settings.paths.trained, "a") as file:
+        file.write('{"epoch": 0, "step": 5, "rollo')
+    loop.run(changed(settings, steps=6))
+    assert audit.run(settings)["trained"] == 24
+
+
+def test_a_linear_schedule_falls_to_zero(settings, worker, monkeypatch):
+    factors = []
+    monkeypatch.setattr(Learner, "set_learning_rates", lambda self, factor: factors.append(factor))
+    loop.run(changed(settings, steps=4, lr_schedule="linear"))
+    assert factors == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(settings, worker, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rlhf.models.training_state.save_file", full)
+        with pytest.raises(StorageError, match="No space left"):
+            loop.run(settings)
+    assert loop.run(settings)["rollouts"] == 24
+    assert audit.run(settings)["trained"] == 24
+
+
+def test_filters_are_refused_because_ppo_needs_the_policy_as_it_is(settings):
+    filtered = settings.model_copy(update={"sampling": settings.sampling.model_copy(update={"top_p": 0.9})})
+    with pytest.raises(SettingsError, match=r"sampling\.top_p: .* 1\.0 is needed; 0\.9 received"):
+        loop.run(filtered)
+
+
+def test_a_critic_with_a_shorter_context_is_refused(settings, tmp_path):
+    tiny_lm_folder(tmp_path / "long", context=256)
+    longer = changed(settings, model=tmp_path / "long")
+    longer = longer.model_copy(update={"sampling": settings.sampling.model_copy(update={"max_new_tokens": 200})})
+    with pytest.raises(SettingsError, match="do not fit into the critic's context of 64"):
+        loop.run(longer)
+
+
+def test_float16_is_refused():
+    with pytest.raises(ValueError, match="float16 gradients underflow"):
+        PpoSettings(dtype="float16")

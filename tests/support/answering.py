@@ -40,6 +40,9 @@ class AnsweringWorker(threading.Thread):
     def run(self) -> None:
         while not self.stopped.is_set():
             for delivery in self.prompts.consume("worker-0", 8, 0.2, self.stopped):
+                if not delivery.payload:
+                    self.prompts.dead_letter(delivery, "no prompt")
+                    continue
                 task = from_prompt_task(rollout_pb2.PromptTask.FromString(delivery.payload))
                 reason = self.fails(task)
                 if reason is not None:

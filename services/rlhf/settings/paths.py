@@ -74,7 +74,7 @@ class RunPaths:
 
     @property
     def checkpoints(self) -> Path:
-        """Step 3: the trainer's checkpoints, one folder `<step>` each."""
+        """Step 3: the trainer's checkpoints, one folder `<number>-<step>` each."""
         return self.folder / "checkpoints"
 
     @property

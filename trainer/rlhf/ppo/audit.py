@@ -16,11 +16,9 @@ from typing import Any
 import redis
 
 from rlhf.errors import DataError, ModelError, StageFailed
-from rlhf.models.folders import read_json
-from rlhf.models.training_state import STATE_FILE
-from rlhf.ppo.checkpoint import checkpoints
+from rlhf.ppo.checkpoint import checkpoints, read_ledger
 from rlhf.queues.connection import connect
-from rlhf.queues.streams import Queue, prompts_queue, rollouts_queue
+from rlhf.queues.streams import QueueDepth, prompts_queue, rollouts_queue
 from rlhf.settings.run import Settings
 
 
@@ -64,8 +62,7 @@ def newest_ledger(folder: Path) -> dict[str, Any]:
     saved = checkpoints(folder)
     if not saved:
         raise ModelError(f"{folder} holds no checkpoint, so there is nothing to audit; has `rlhf ppo` run?")
-    ledger: dict[str, Any] = read_json(saved[-1] / STATE_FILE)["state"]["ledger"]
-    return ledger
+    return read_ledger(saved[-1])
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -87,7 +84,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def ledger_findings(ledger: Mapping[str, Any]) -> list[Finding]:
     """Every attempt that was ever issued has exactly one outcome, and all add up."""
-    outcomes = Counter([*ledger["trained"], *set(ledger["stale"]), *ledger["dead"]])
+    outcomes = Counter([*ledger["trained"], *ledger["stale"], *ledger["dead"], *ledger["known"]])
     run_id = ledger["run_id"]
     outstanding = {f"{run_id}/{index}/{attempt}" for index, attempt in ledger["outstanding"]}
     abandoned = {index for index, _ in ledger["abandoned"]}
@@ -97,7 +94,7 @@ def ledger_findings(ledger: Mapping[str, Any]) -> list[Finding]:
     return [
         Finding(
             f"each of {len(outcomes)} rollout ids has one outcome",
-            all(count == 1 for count in outcomes.values()) and len(ledger["stale"]) == len(set(ledger["stale"])),
+            all(count == 1 for count in outcomes.values()),
         ),
         Finding(f"none of {len(outstanding)} outstanding ids has an outcome", not outstanding & outcomes.keys()),
         Finding(
@@ -131,28 +128,33 @@ def effective_steps(ledger: Mapping[str, Any], log: Iterable[Mapping[str, Any]])
 
 
 def queue_findings(ledger: Mapping[str, Any], client: redis.Redis, settings: Settings) -> list[Finding]:
-    """Nothing entered a queue without leaving a trace, and nothing is left in it that has an outcome."""
-    findings = []
-    for name, queue in (
-        ("prompts", prompts_queue(client, settings.run.name, settings.redis)),
-        ("rollouts", rollouts_queue(client, settings.run.name, settings.redis)),
-    ):
-        depth = queue.depth()
-        counts = depth.counts
-        left = counts.acknowledged + counts.dead + counts.lost
-        findings += [
-            Finding(
-                f"{name}: {counts.added} added = {counts.acknowledged} acknowledged + {counts.dead} dead + "
-                f"{depth.entries} waiting",
-                counts.added == left + depth.entries,
-            ),
-            Finding(f"{name}: nothing was deleted by somebody else", counts.lost == 0),
-        ]
-        findings += _leftovers(name, ledger, queue) if not ledger["outstanding"] else []
+    """Nothing left a queue without an outcome in the ledger, and nothing is left in it that nobody waits for."""
+    prompts = prompts_queue(client, settings.run.name, settings.redis).depth()
+    rollouts = rollouts_queue(client, settings.run.name, settings.redis).depth()
+    findings = [*_conserved("prompts", prompts), *_conserved("rollouts", rollouts)]
+    outcomes = len(ledger["trained"]) + len(ledger["stale"]) + len(ledger["known"])
+    letters = prompts.counts.dead + rollouts.counts.dead
+    findings += [
+        Finding(
+            f"the {rollouts.counts.acknowledged} acknowledged rollouts are among the ledger's {outcomes}",
+            rollouts.counts.acknowledged <= outcomes,
+        ),
+        Finding(f"the ledger's {len(ledger['dead'])} dead are among {letters} letters", len(ledger["dead"]) <= letters),
+    ]
+    if not ledger["outstanding"]:
+        left = prompts.entries + rollouts.entries
+        findings.append(Finding(f"{left} entries wait, and nothing is outstanding", left == 0))
     return findings
 
 
-def _leftovers(name: str, ledger: Mapping[str, Any], queue: Queue) -> list[Finding]:
-    """With nothing outstanding, no entry may wait."""
-    depth = queue.depth()
-    return [Finding(f"{name}: empty, since nothing is outstanding", depth.entries == 0 and depth.pending == 0)]
+def _conserved(name: str, depth: QueueDepth) -> list[Finding]:
+    counts = depth.counts
+    total = counts.acknowledged + counts.dead + counts.lost + depth.entries
+    return [
+        Finding(
+            f"{name}: {counts.added} added = {counts.acknowledged} acknowledged + {counts.dead} dead + "
+            f"{depth.entries} waiting",
+            counts.added == total,
+        ),
+        Finding(f"{name}: nothing was deleted by somebody else", counts.lost == 0),
+    ]

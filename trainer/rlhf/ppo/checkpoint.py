@@ -3,6 +3,7 @@ complete or not at all."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.models.folders import read_json
 from rlhf.models.training_state import (
+    STATE_FILE,
     load_optimizer_state,
     load_training_state,
     optimizer_state,
@@ -22,13 +25,17 @@ from rlhf.ppo.ledger import Ledger
 from rlhf.ppo.step import PpoStep
 
 GENERATOR = "generator"
+NAME = re.compile(r"\d+-\d+")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Oldest first. A folder's name is its step."""
+    """Oldest first. A folder is named <number>-<step>; numbers rise, so that none is ever replaced.
+
+    A kill in the middle of replacing one could leave neither, after the rollouts of both were acknowledged.
+    """
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    return sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name)), key=_number)
 
 
 def save_checkpoint(folder: Path, step: PpoStep, ledger: Ledger, keep: int) -> Path:
@@ -45,7 +52,8 @@ def save_checkpoint(folder: Path, step: PpoStep, ledger: Ledger, keep: int) -> P
         state_tensors, optimizers[name] = optimizer_state(optimizer, list(_parameter_names(name, optimizer)))
         tensors |= state_tensors
     state = {"ledger": ledger.to_json(), "kl_coef": step.kl.coef, "optimizers": optimizers}
-    target = folder / str(ledger.trained_steps)
+    number = max((_number(path) for path in checkpoints(folder)), default=-1) + 1
+    target = folder / f"{number}-{ledger.trained_steps}"
     save_training_state(target, tensors, state)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
@@ -71,10 +79,20 @@ def load_checkpoint(path: Path, step: PpoStep) -> dict[str, Any]:
     return ledger
 
 
+def read_ledger(path: Path) -> dict[str, Any]:
+    """The ledger in a checkpoint, without its tensors."""
+    ledger: dict[str, Any] = read_json(path / STATE_FILE)["state"]["ledger"]
+    return ledger
+
+
 def checkpoint_versions(folder: Path) -> list[tuple[int, int]]:
     """(epoch, step) of the weights in each checkpoint."""
-    ledgers = [load_training_state(path)[1]["ledger"] for path in checkpoints(folder)]
+    ledgers = [read_ledger(path) for path in checkpoints(folder)]
     return [(ledger["epoch"], ledger["trained_steps"]) for ledger in ledgers]
+
+
+def _number(path: Path) -> int:
+    return int(path.name.split("-")[0])
 
 
 def _parameter_names(name: str, optimizer: torch.optim.Optimizer) -> Iterator[str]:

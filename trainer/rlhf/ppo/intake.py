@@ -18,6 +18,9 @@ from rlhf.wire.records import Rollout
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0
+SEND_AGAIN_S = 15.0
+"""A step that has waited this long without an arrival has its prompts sent once more: a Redis that was killed on a slow
+disk may have lost the last moments. What was not lost is recognised by its id."""
 
 
 class Intake:
@@ -51,7 +54,8 @@ class Intake:
         """Reasons of dead letters whose prompts this ledger has not issued yet, by rollout id."""
         self._settled: set[str] = set()
         """Entry ids of those whose outcome is in the ledger, and can be acknowledged once that is durable."""
-        self._dead_letters_after = "0-0"
+        self._letters_read = {prompts.keys.name: "0-0", rollouts.keys.name: "0-0"}
+        """Per stream, the last dead letter that was read."""
 
     @property
     def waiting(self) -> int:
@@ -73,15 +77,22 @@ class Intake:
             DeadlineExceeded: none arrived for `timeout_s`.
             StageFailed: as many prompts as a batch has were abandoned while waiting.
         """
+        self.keep_going()
         abandoned_before = len(self.ledger.abandoned)
-        deadline = time.monotonic() + self.timeout_s
+        now = time.monotonic()
+        deadline, send_again_at = now + self.timeout_s, now + SEND_AGAIN_S
         while len(self._fresh()) < count:
             self.keep_going()
-            if self._take(self.rollouts.consume(self.consumer, count=64, block_s=POLL_S)) + self._reconsider():
-                deadline = time.monotonic() + self.timeout_s
+            arrived = self._take(self.rollouts.consume(self.consumer, count=64, block_s=POLL_S)) + self._reconsider()
             self._watch_dead_letters()
             self._check_abandoned(abandoned_before, count)
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if arrived:
+                deadline, send_again_at = now + self.timeout_s, now + SEND_AGAIN_S
+            elif now > send_again_at:
+                self.ledger.send_again()
+                send_again_at = now + SEND_AGAIN_S
+            if now > deadline:
                 raise DeadlineExceeded(
                     f"no rollout arrived for {self.timeout_s:.0f} s; the step has {self.waiting} of {count}, and "
                     f"{len(self.ledger.outstanding)} prompts are out; see `rlhf status` for what waits for what"
@@ -148,6 +159,8 @@ class Intake:
         if verdict is Verdict.STALE:
             log.info("rollout %s is stale (%s); its prompt goes out again", rollout.rollout_id, rollout.versions[:1])
             self.ledger.mark_stale(rollout)
+        elif verdict is Verdict.KNOWN:
+            self.ledger.mark_known(rollout)
         self._settled.add(delivery.entry_id)
         return False
 
@@ -159,12 +172,12 @@ class Intake:
     def _reject(self, delivery: Delivery, reason: str) -> None:
         log.warning("rollout %s %s", delivery.item_id, reason)
         self.rollouts.dead_letter(delivery, reason)
-        self._letters[delivery.item_id] = reason
 
     def _watch_dead_letters(self) -> None:
-        for letter in self.prompts.dead_letters(self._dead_letters_after):
-            self._dead_letters_after = letter.id
-            self._letters[letter.item_id] = letter.reason
+        for queue in (self.prompts, self.rollouts):
+            for letter in queue.dead_letters(self._letters_read[queue.keys.name]):
+                self._letters_read[queue.keys.name] = letter.id
+                self._letters[letter.item_id] = letter.reason
         for rollout_id, reason in list(self._letters.items()):
             verdict = self.ledger.mark_dead(rollout_id, reason)
             if verdict is not Verdict.EARLY:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf.errors import StageFailed
 from rlhf.models.compute import torch_dtype
 from rlhf.models.reward import RewardModel
 from rlhf.ops import logprobs_from_logits
@@ -102,7 +103,7 @@ class Learner:
         """One optimiser step of policy and critic."""
         tokens = sum(int(experience.response_mask[micro.indices].sum()) for micro in minibatch)
         parts = [self._accumulate(experience, micro, targets, tokens) for micro in minibatch]
-        norms = {name: self._clip_and_step(optimizer) for name, optimizer in self.optimizers.items()}
+        norms = {name: self._clip_and_step(name, optimizer) for name, optimizer in self.optimizers.items()}
         return replace(
             _total(parts), policy_grad_norm=norms["policy"], critic_grad_norm=norms.get("critic", norms["policy"])
         )
@@ -176,9 +177,14 @@ class Learner:
     def _adam(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
         return torch.optim.Adam(list(parameters), lr=lr, eps=self.settings.adam_epsilon)
 
-    def _clip_and_step(self, optimizer: torch.optim.Adam) -> float:
+    def _clip_and_step(self, name: str, optimizer: torch.optim.Adam) -> float:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm, error_if_nonfinite=True)
+        norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        if not norm.isfinite():
+            raise StageFailed(
+                f"the {name}'s gradient is {norm.item()}; nothing was changed. Lower its learning rate, use float32, "
+                "or look for a score that is out of all proportion in the newest sample table"
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(norm)

@@ -92,8 +92,10 @@ class Ledger:
         self.outstanding: dict[int, int] = {}
         self.failures: dict[int, int] = {}
         self.trained: dict[str, int] = {}
-        self.stale: list[str] = []
+        self.stale: set[str] = set()
         self.dead: dict[str, str] = {}
+        self.known: set[str] = set()
+        """Ids that came without being asked for and have no other outcome: of another run, or issued again since."""
         self.abandoned: dict[int, str] = {}
         self.changed = threading.Condition()
         self._to_send: deque[Issue] = deque()
@@ -161,13 +163,19 @@ class Ledger:
     def mark_stale(self, rollout: Rollout) -> None:
         """Issue the prompt of a stale rollout again."""
         with self.changed:
-            self.stale.append(rollout.rollout_id)
+            self.stale.add(rollout.rollout_id)
             self._issue_again(rollout.prompt_index, rollout.attempt)
 
     def mark_unused(self, rollout: Rollout) -> None:
         """Count a rollout that came too late for any step, or was early for one that never came."""
-        if rollout.rollout_id not in self.stale:
-            self.stale.append(rollout.rollout_id)
+        with self.changed:
+            self.stale.add(rollout.rollout_id)
+
+    def mark_known(self, rollout: Rollout) -> None:
+        """Count a rollout that nobody waits for, unless its id has an outcome already."""
+        with self.changed:
+            if rollout.rollout_id not in self.trained and rollout.rollout_id not in self.stale | self.dead.keys():
+                self.known.add(rollout.rollout_id)
 
     def mark_dead(self, rollout_id: str, reason: str) -> Verdict:
         """Issue the prompt of a dead letter again, or abandon it.
@@ -178,7 +186,7 @@ class Ledger:
         run_id, prompt_index, attempt = _parse(rollout_id)
         with self.changed:
             if run_id != self.lineage.run_id:
-                return Verdict.KNOWN
+                return Verdict.KNOWN  # of an earlier run of this name, or an entry that somebody else wrote
             if self._is_early(prompt_index, attempt):
                 return Verdict.EARLY
             if self.outstanding.get(prompt_index) != attempt:
@@ -223,8 +231,9 @@ class Ledger:
                 "outstanding": sorted(self.outstanding.items()),
                 "failures": sorted(self.failures.items()),
                 "trained": dict(self.trained),
-                "stale": list(self.stale),
+                "stale": sorted(self.stale),
                 "dead": dict(self.dead),
+                "known": sorted(self.known),
                 "abandoned": sorted(self.abandoned.items()),
             }
 
@@ -237,8 +246,9 @@ class Ledger:
         self.outstanding = _pairs(state["outstanding"])
         self.failures = _pairs(state["failures"])
         self.trained = dict(state["trained"])
-        self.stale = list(state["stale"])
+        self.stale = set(state["stale"])
         self.dead = dict(state["dead"])
+        self.known = set(state["known"])
         self.abandoned = dict(state["abandoned"])
         self.send_again()
 
@@ -249,5 +259,8 @@ def _pairs(rows: Iterable[Sequence[int]]) -> dict[int, int]:
 
 
 def _parse(rollout_id: str) -> tuple[str, int, int]:
-    run_id, prompt_index, attempt = rollout_id.rsplit("/", 2)
-    return run_id, int(prompt_index), int(attempt)
+    """Run, prompt index, attempt; ("", -1, -1) of an id that is none of ours."""
+    parts = rollout_id.rsplit("/", 2)
+    if len(parts) != 3 or not (parts[1].isdecimal() and parts[2].isdecimal()):
+        return "", -1, -1
+    return parts[0], int(parts[1]), int(parts[2])

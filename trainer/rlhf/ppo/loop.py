@@ -40,7 +40,7 @@ from rlhf.ppo.ledger import Ledger, Lineage
 from rlhf.ppo.prompts import encoded_prompts
 from rlhf.ppo.publish import Publisher
 from rlhf.ppo.records import RunRecords
-from rlhf.ppo.setup import build_step, check_budget, sampling_of, stopping_of
+from rlhf.ppo.setup import build_step, check_budget, check_critic_context, sampling_of, stopping_of
 from rlhf.ppo.source import PromptSource, TaskMaker
 from rlhf.queues.connection import connect
 from rlhf.queues.keys import RunKeys
@@ -79,6 +79,7 @@ class Trainer:
         self.ppo_step = build_step(settings, self.tokenizer)
         prompts = encoded_prompts(settings.ppo.prompts or self.paths.prompts, self.tokenizer, self._context - 1)
         check_budget(settings, prompts)
+        check_critic_context(self.ppo_step, prompts, settings.sampling.max_new_tokens)
 
         client = connect(settings)
         self.registry = Registry(client, RunKeys(settings.run.name), settings.redis.lease_s)
@@ -131,6 +132,7 @@ class Trainer:
         clock.lap("seconds_wait")
         self.doing = "training"
         staleness = [self.ledger.staleness(rollout) for rollout in batch]
+        self.ppo_step.learner.set_learning_rates(self._learning_rate_factor())
         improved = self.ppo_step(batch)
         clock.lap("seconds_train")
         self.ledger.train(batch)
@@ -143,6 +145,11 @@ class Trainer:
         if self._checkpoint_due():
             self._checkpoint()
         return figures
+
+    def _learning_rate_factor(self) -> float:
+        if self.settings.ppo.lr_schedule == "constant":
+            return 1.0
+        return 1.0 - self.ledger.trained_steps / self.settings.ppo.steps
 
     def _publish(self) -> None:
         self.doing = "publishing weights"

@@ -40,6 +40,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, response_mas
     Args:
         all [B, T] float32, the mask bool; what lies outside the mask is ignored, NaN included.
     """
+    # Before the squares: a gradient through them would be 0 times NaN.
+    values, old_values, returns = (torch.where(response_mask, x, 0.0) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
-    squared = torch.maximum((values - returns).square(), (clipped - returns).square())
-    return 0.5 * torch.where(response_mask, squared, 0.0).sum()
+    return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square()).sum()

@@ -25,6 +25,7 @@ class RunRecords:
         with storage_errors(paths.folder):
             paths.sample_tables.mkdir(parents=True, exist_ok=True)
             _keep_rows_before(paths.metrics, step)
+            _drop_cut_row(paths.trained)
         self.tensorboard = SummaryWriter(str(paths.tensorboard / "ppo"), purge_step=step)
 
     def step(self, epoch: int, step: int, figures: Mapping[str, float], batch: Sequence[Rollout]) -> None:
@@ -61,6 +62,12 @@ class RunRecords:
 def _append(path: Path, row: Mapping[str, Any]) -> None:
     with storage_errors(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _drop_cut_row(path: Path) -> None:
+    """A row that a kill or a full disk cut short; its step never counted, and the next row would be glued to it."""
+    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+        path.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
 def _keep_rows_before(path: Path, step: int) -> None:

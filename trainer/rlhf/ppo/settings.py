@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from rlhf.settings import Compute, Section
 
@@ -79,13 +79,20 @@ class PpoSettings(Compute):
     publish_timeout_s: PositiveFloat = 60.0
     """Deadline for a replica to prepare or commit weights."""
     max_prompt_attempts: PositiveInt = 3
-    """Times a prompt is issued before it is given up and the next one takes its place."""
+    """Times a prompt may fail, at three tries each, before it is given up and the next one takes its place."""
     consumer: str = "trainer-0"
     """Stable name in the consumer group."""
     token_file: Path | None = None
     """File with the token that policy replicas ask for."""
     tls_ca: Path | None = None
     """PEM file with the authority that signed the replicas' certificates; set: connections use TLS."""
+
+    @field_validator("dtype")
+    @classmethod
+    def _gradients_need_a_wide_range(cls, value: str) -> str:
+        if value == "float16":
+            raise ValueError("float16 gradients underflow without loss scaling; use float32 or bfloat16")
+        return value
 
     @model_validator(mode="after")
     def _stale_rollouts_need_their_own_logprobs(self) -> PpoSettings:

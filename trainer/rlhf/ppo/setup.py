@@ -43,13 +43,20 @@ def build_step(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PpoSte
 
 
 def sampling_of(settings: Settings) -> Sampling:
+    """
+    Raises:
+        SettingsError: a filter is set. Completions would come from another distribution than the one whose log-probs
+            trainer and reference compute, and neither ratio nor KL would mean anything.
+    """
     s = settings.sampling
+    for name, neutral in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0), ("repetition_penalty", 1.0)):
+        if getattr(s, name) != neutral:
+            raise SettingsError(
+                f"sampling.{name}: PPO samples from the policy as it is, so {neutral} is needed; "
+                f"{getattr(s, name)} received"
+            )
     return Sampling(
         temperature=s.temperature,
-        top_k=s.top_k,
-        top_p=s.top_p,
-        min_p=s.min_p,
-        repetition_penalty=s.repetition_penalty,
         completions=settings.ppo.completions,
     )
 
@@ -84,6 +91,24 @@ def check_budget(settings: Settings, prompts: list[EncodedPrompt]) -> None:
         raise SettingsError(
             f"ppo.minibatches: at most one per completion, {ppo.batch_prompts * ppo.completions}, is possible; "
             f"{ppo.minibatches} received"
+        )
+
+
+def check_critic_context(step: PpoStep, prompts: list[EncodedPrompt], max_new_tokens: int) -> None:
+    """
+    Raises:
+        SettingsError: the critic cannot read the longest sequence that the policy may write.
+    """
+    policy, critic = step.learner.policy, step.learner.critic
+    if critic is None:
+        return
+    longest = max(len(prompt.token_ids) for prompt in prompts) + max_new_tokens
+    longest = min(longest, policy.config.get_text_config().max_position_embeddings)
+    context = critic.classifier.config.get_text_config().max_position_embeddings
+    if longest > context:
+        raise SettingsError(
+            f"sampling.max_new_tokens: sequences of up to {longest} tokens do not fit into the critic's context of "
+            f"{context}; lower it, or start the critic from the policy (critic.init_from)"
         )
 
 
