@@ -30,6 +30,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, for a sentence of ours; the name of its class where it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class RlhfError(Exception):
     """Base of the tree. `exit_code` is what a command exits with."""
 

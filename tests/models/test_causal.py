@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from rlhf.errors import ModelError, SettingsError
+from rlhf.models import compute, tokenizer
 from rlhf.models.causal import disable_dropout, load_causal_lm, new_causal_lm, save_model, weights_sha256
 from rlhf.models.folders import sha256_file
 from rlhf.sft.settings import PretrainSettings
@@ -187,3 +188,16 @@ def test_dropout_off_makes_training_mode_deterministic(architecture: str) -> Non
     assert not torch.equal(model(IDS).logits, model(IDS).logits)
     disable_dropout(model)
     assert torch.equal(model(IDS).logits, model(IDS).logits)
+
+
+def test_an_error_that_says_nothing_still_makes_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: object, **__: object) -> None:
+        raise RuntimeError
+
+    folder = tiny_lm_folder(tmp_path / "m")
+    monkeypatch.setattr(compute.torch, "empty", silent)
+    with pytest.raises(SettingsError, match=r"device: 'cpu' cannot be used on this machine \(RuntimeError\)"):
+        compute.torch_device("cpu")
+    monkeypatch.setattr(tokenizer.AutoTokenizer, "from_pretrained", silent)
+    with pytest.raises(ModelError, match=f"{folder}: its tokenizer cannot be read: RuntimeError"):
+        tokenizer.load_tokenizer(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf.errors import SettingsError
+from rlhf.errors import SettingsError, first_line
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -28,8 +28,9 @@ def torch_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise SettingsError(f"device: {name!r} cannot be used on this machine ({reason}); set it to cpu") from error
+        raise SettingsError(
+            f"device: {name!r} cannot be used on this machine ({first_line(error)}); set it to cpu"
+        ) from error
     return device
 
 

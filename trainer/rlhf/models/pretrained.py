@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from rlhf.errors import ModelError
+from rlhf.errors import ModelError, first_line
 from rlhf.models.compute import torch_device, torch_dtype
 from rlhf.models.tokenizer import load_tokenizer
 
@@ -74,9 +74,8 @@ def model_errors(folder: Path) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        lines = str(error).splitlines() or [type(error).__name__]
         raise ModelError(
-            f"{folder}: the model cannot be loaded; a file may be cut short or damaged: {lines[0]}"
+            f"{folder}: the model cannot be loaded; a file may be cut short or damaged: {first_line(error)}"
         ) from error
 
 

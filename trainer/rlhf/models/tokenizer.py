@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlhf.errors import ModelError, SettingsError
+from rlhf.errors import ModelError, SettingsError, first_line
 
 END_TOKEN = "<|end|>"
 PAD_TOKEN = "<|pad|>"
@@ -32,7 +32,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the Rust tokenizers raise plain Exception
-        raise ModelError(f"{folder}: its tokenizer cannot be read: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{folder}: its tokenizer cannot be read: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError(f"{folder}: has a {type(tokenizer).__name__} where a tokenizer is expected")
     return tokenizer
