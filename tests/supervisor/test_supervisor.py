@@ -188,7 +188,10 @@ def test_a_stubborn_process_and_its_children_are_killed(python: Make, signals: S
     wait_until(lambda: all(gone(int(pid)) for pid in pids.read_text().split()[:2]), 5)
 
 
-def test_what_a_dead_process_started_goes_with_it(python: Make, signals: Signals, tmp_path: Path) -> None:
+def test_what_a_dead_process_started_goes_with_it(
+    python: Make, signals: Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "waitid", raising=False)  # macOS has it since Python 3.13
     pid = tmp_path / "pid"
     code = f"""
         import subprocess, sys

@@ -88,10 +88,9 @@ class Process:
     def exit_status(self) -> int | None:
         """As of now; the first call after the end also ends what the process left behind in its session."""
         popen = self._started()
-        if popen.returncode is None and _has_ended(popen.pid):
-            # Not reaped yet, so the group's number cannot belong to anybody else.
+        if popen.returncode is None and popen.poll() is not None:
+            # At once: whoever is left in the group keeps its number, and a group that is empty has just freed its own.
             _signal_group(popen.pid, signal.SIGKILL)
-            popen.wait()
         return popen.returncode
 
     def terminate(self) -> None:
@@ -146,10 +145,6 @@ def stop(children: Sequence[Child], timeout_s: float, hurry: Callable[[], bool])
         time.sleep(0.02)
     for child in children:
         child.kill()
-
-
-def _has_ended(pid: int) -> bool:
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:
