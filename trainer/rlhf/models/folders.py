@@ -1,7 +1,8 @@
 """Folders and small files that appear complete or not at all.
 
-A target is filled under a temporary name that starts with a dot, flushed to the disk and renamed. A kill leaves the
-old target or the new one; only between the two renames that replace an existing folder is neither under its name.
+A target is filled under a temporary name that starts with a dot, flushed to the disk and renamed, and the rename is
+flushed too. A kill leaves the old target or the new one. Replacing a folder takes two renames; after a kill between
+them the old one lies under `.NAME.old`, and `recover_folder`, which readers call first, gives it its name back.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,9 @@ _STORAGE_ERRNOS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR)
 )
 
+_BETWEEN_RENAMES_S = 0.1
+"""A process that lives is long past its second rename after this time."""
+
 
 def start_model(settings: Settings) -> Path:
     """The run's model that step 2 and 3 start from: `sft/` if there is one, else `pretrained/`.
@@ -34,6 +39,7 @@ def start_model(settings: Settings) -> Path:
         ModelError: neither is there.
     """
     for folder in (settings.paths.sft, settings.paths.pretrained):
+        recover_folder(folder)
         if folder.is_dir():
             return folder
     raise ModelError(
@@ -57,15 +63,33 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     """
     target = Path(target)
     temporary = target.with_name(f".{target.name}.tmp")
+    recover_folder(target)
     with storage_errors(target):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield temporary
-            _flush(temporary)
+            _flush(*temporary.rglob("*"), temporary)
             _take_place(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    """Gives a folder its name back whose replacement was killed between its two renames. Harmless at any other time.
+
+    Raises:
+        StorageError: the folder around it cannot be written.
+    """
+    target = Path(target)
+    old = _old(target)
+    if target.exists() or not old.is_dir():
+        return
+    time.sleep(_BETWEEN_RENAMES_S)
+    with storage_errors(target), suppress(FileNotFoundError):
+        if not target.exists():
+            os.rename(old, target)
+            _flush(target.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -84,6 +108,7 @@ def write_json(path: Path, value: Any) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            _flush(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -124,8 +149,8 @@ def _errno(error: Exception) -> int:
     return int(found[1]) if found else 0
 
 
-def _flush(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
+def _flush(*paths: Path) -> None:
+    for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -133,16 +158,23 @@ def _flush(folder: Path) -> None:
             os.close(handle)
 
 
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
 def _take_place(temporary: Path, target: Path) -> None:
-    if not target.exists():
-        os.rename(temporary, target)
-        return
-    old = target.with_name(f".{target.name}.old")
+    old = _old(target)
     shutil.rmtree(old, ignore_errors=True)
-    os.rename(target, old)
+    replaced = target.exists()
+    if replaced:
+        os.rename(target, old)
     try:
         os.rename(temporary, target)
     except OSError:
-        os.rename(old, target)
+        if replaced:
+            os.rename(old, target)
         raise
-    shutil.rmtree(old)
+    _flush(target.parent)
+    if replaced:
+        # Not removed under its own name: half of a folder must never be taken for one to recover.
+        os.rename(old, temporary)

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf.errors import ModelError, first_line
 from rlhf.models.compute import torch_device, torch_dtype
+from rlhf.models.folders import recover_folder
 from rlhf.models.tokenizer import load_tokenizer
 
 # Services write one log line per event; transformers' bars and its table of unused keys are not among them.
@@ -80,6 +81,7 @@ def model_errors(folder: Path) -> Iterator[None]:
 
 
 def _load_config(folder: Path) -> PreTrainedConfig:
+    recover_folder(folder)
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder")
     if not (folder / "config.json").is_file():

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.errors import ModelError, SettingsError, first_line
+from rlhf.models.folders import recover_folder
 
 END_TOKEN = "<|end|>"
 PAD_TOKEN = "<|pad|>"
@@ -25,6 +26,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         ModelError: the folder or its tokenizer is missing or cannot be read.
     """
     folder = Path(folder)
+    recover_folder(folder)
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder")
     if not any((folder / name).is_file() for name in _FILES):

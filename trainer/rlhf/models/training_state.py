@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf.errors import ModelError
-from rlhf.models.folders import read_json, replacing_folder, sha256_file, write_json
+from rlhf.models.folders import read_json, recover_folder, replacing_folder, sha256_file, write_json
 from rlhf.models.weights import verify_file
 
 TENSORS_FILE = "tensors.safetensors"
@@ -42,6 +42,7 @@ def load_training_state(folder: str | Path) -> tuple[dict[str, Tensor], dict[str
         ModelError: a file is missing, cut short or altered.
     """
     folder = Path(folder)
+    recover_folder(folder)
     content = read_json(folder / STATE_FILE)
     try:
         size_bytes, sha256, state = content["size_bytes"], content["sha256"], content["state"]
