@@ -18,6 +18,7 @@ from rlhf.settings.loader import load_settings
 from rlhf.settings.run import Settings
 from rlhf.supervisor import group as group_module
 from rlhf.supervisor import pipeline
+from rlhf.supervisor.embedded_redis import EmbeddedRedis, Server
 from rlhf.supervisor.group import RedisChild, child_environment, group, redis_at_hand
 from rlhf.supervisor.outputs import clear_all, outputs
 from rlhf.supervisor.process import Process
@@ -265,6 +266,37 @@ def test_redis_comes_back_with_its_data_at_its_address(tmp_path: Path) -> None:
     finally:
         child.kill()
     assert child.exit_status() is not None
+
+
+def test_a_redis_that_loads_for_long_keeps_no_signal_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process is stopped as soon as it is there, so that it answers as little as one that loads."""
+    launch = EmbeddedRedis._launch
+
+    def launch_frozen(self: EmbeddedRedis, server: Server) -> None:
+        launch(self, server)
+        assert self.pid is not None
+        os.kill(self.pid, signal.SIGSTOP)
+
+    monkeypatch.setattr(EmbeddedRedis, "_launch", launch_frozen)
+    monkeypatch.setattr(group_module, "START_PATIENCE_S", 0.2)
+    child = RedisChild(tmp_path / "redis", tmp_path / "logs" / "redis.log")
+    began_s = time.monotonic()
+    child.start()
+    try:
+        assert time.monotonic() - began_s < 5
+        assert child.exit_status() is None
+        assert not child.ready()
+        assert not (tmp_path / "redis" / "address.json").exists()
+        pid = child.pid()
+        assert pid is not None
+        os.kill(pid, signal.SIGCONT)
+        deadline_s = time.monotonic() + 20
+        while not child.ready():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        assert json.loads((tmp_path / "redis" / "address.json").read_text())["url"] == child.address
+    finally:
+        child.kill()
 
 
 def test_redis_of_a_run_that_is_over_can_be_asked(tmp_path: Path) -> None:

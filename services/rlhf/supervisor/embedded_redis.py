@@ -33,6 +33,7 @@ from rlhf.supervisor.process import dying_with_parent
 log = logging.getLogger(__name__)
 
 SERVER_NAMES = ("redis-server", "valkey-server")
+PROBE_TIMEOUT_S = 0.5
 _SOCKET_PREFIX = "rlhf-redis-"
 
 
@@ -67,6 +68,7 @@ class EmbeddedRedis:
         self.log_path = (log_path or self.folder / "redis.log").absolute()
         self._search_path = search_path
         self._bundled = bundled
+        self._server: Server | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._socket_folder: Path | None = None
         self._lock: IO[str] | None = None
@@ -82,32 +84,60 @@ class EmbeddedRedis:
         return None if self._process is None else self._process.pid
 
     def start(self, timeout_s: float = 60.0) -> str:
-        """Starts the server on the data that is there, waits until it has loaded them, and returns its address, which
-        stays the same when it is started again after it died.
+        """Starts the server on the data that is there, waits until it has loaded them, and returns its address.
+
+        Raises:
+            RedisUnsuitable, StorageError: see `launch`.
+            Unavailable: it did not answer within `timeout_s`, and is stopped.
+        """
+        if not self.launch(timeout_s):
+            self._end_process()
+            raise Unavailable(f"the embedded Redis did not answer within {timeout_s:.0f} s; its log: {self.log_path}")
+        return self.url
+
+    def launch(self, patience_s: float) -> bool:
+        """Starts the server unless it runs, and waits no longer than `patience_s` until it has loaded its data. Its
+        address stays the same when it is started again after it died.
 
         Call it from a thread that lives as long as the server should: Linux ends a child with the thread that made it.
         After a failure the folder stays taken, for another try; `stop` frees it.
 
+        Returns:
+            Whether it has loaded them; False: it is still at it, ask `loaded`.
+
         Raises:
             RedisUnsuitable: no server, none new enough, it ended at once, or another process runs it.
             StorageError: the folder cannot be written.
-            Unavailable: it did not answer within `timeout_s`.
         """
-        if self.alive():
-            return self.url
-        server = find_server(self._search_path, self._bundled)
         try:
-            self._prepare(server)
-            self._launch(server)
-            self._wait_until_loaded(timeout_s)
-            self._write_address(server)
+            if not self.alive():
+                self._server = find_server(self._search_path, self._bundled)
+                self._prepare(self._server)
+                self._launch(self._server)
+            return self._wait_until_loaded(patience_s)
         except OSError as error:
             self._end_process()
             raise StorageError(f"the embedded Redis cannot use {self.folder}: {error}") from error
         except BaseException:
             self._end_process()
             raise
-        return self.url
+
+    def loaded(self) -> bool:
+        """Whether it runs and has loaded its data; then its address is in the folder. Answers within a second.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        if not self.alive():
+            return False
+        with _client(self.url, PROBE_TIMEOUT_S) as client:
+            if _why_not_ready(client) is not None:
+                return False
+        try:
+            self._write_address()
+        except OSError as error:
+            raise StorageError(f"the embedded Redis cannot use {self.folder}: {error}") from error
+        return True
 
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -195,21 +225,20 @@ class EmbeddedRedis:
                 start_new_session=True,
             )
 
-    def _wait_until_loaded(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        with _client(self.url) as client:
-            while True:
-                reason = _why_not_ready(client)
-                if reason is None:
-                    return
-                if not self.alive():
-                    raise RedisUnsuitable(f"the embedded Redis ended at once: {_last_line(self.log_path)}")
-                if time.monotonic() > deadline:
-                    raise Unavailable(f"the embedded Redis did not answer within {timeout_s:.0f} s ({reason})")
-                time.sleep(0.02)
+    def _wait_until_loaded(self, patience_s: float) -> bool:
+        deadline = time.monotonic() + patience_s
+        while not self.loaded():
+            if not self.alive():
+                raise RedisUnsuitable(f"the embedded Redis ended at once: {_last_line(self.log_path)}")
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
 
-    def _write_address(self, server: Server) -> None:
-        value = {"url": self.url, "pid": self.pid, "server": server.path, "version": ".".join(map(str, server.version))}
+    def _write_address(self) -> None:
+        assert self._server is not None
+        version = ".".join(map(str, self._server.version))
+        value = {"url": self.url, "pid": self.pid, "server": self._server.path, "version": version}
         unfinished = self.folder / "address.json.tmp"
         unfinished.write_text(json.dumps(value))
         unfinished.replace(self.folder / "address.json")
@@ -286,8 +315,10 @@ def _shut_down(client: redis.Redis, url: str, timeout_s: float = 10.0) -> None:
         time.sleep(0.02)
 
 
-def _client(url: str) -> redis.Redis:
-    return redis.Redis.from_url(url, socket_timeout=5, retry=Retry(NoBackoff(), 0))
+def _client(url: str, timeout_s: float = 5.0) -> redis.Redis:
+    return redis.Redis.from_url(
+        url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
+    )
 
 
 def _why_not_ready(client: redis.Redis) -> str | None:

@@ -27,6 +27,7 @@ SERVICES = {
     "reference": "rlhf.v1.ReferenceService",
 }
 """Section (and verb) of each service, and the name that its health goes by."""
+START_PATIENCE_S = 2.0
 
 
 class RedisChild:
@@ -40,8 +41,10 @@ class RedisChild:
         self._redis = EmbeddedRedis(folder, log_path=log)
 
     def start(self) -> None:
-        """Waits until it has loaded its data."""
-        self.address = self._redis.start()
+        """Most runs' data are loaded when it returns; of the others `ready` tells, so that signals are not kept
+        waiting."""
+        self._redis.launch(START_PATIENCE_S)
+        self.address = self._redis.url
 
     def pid(self) -> int | None:
         return self._redis.pid
@@ -50,7 +53,7 @@ class RedisChild:
         return None if self._redis.alive() else 1
 
     def ready(self) -> bool:
-        return self._redis.alive()
+        return self._redis.loaded()
 
     def terminate(self) -> None:
         pid = self.pid()
