@@ -91,7 +91,8 @@ class RedisUnsuitable(MachineError):
 
 
 class StorageError(MachineError):
-    pass
+    exit_code = 6
+    """Its own, because a process that ended with it is not started again: a full disk does not empty itself."""
 
 
 class NotAuthorized(MachineError):

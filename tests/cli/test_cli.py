@@ -10,7 +10,7 @@ import pytest
 from rlhf.cli import main as cli
 from rlhf.cli.arguments import parse
 from rlhf.cli.verbs import BY_NAME, VERBS
-from rlhf.errors import ModelError, SettingsError, Unavailable
+from rlhf.errors import ModelError, SettingsError, StorageError, Unavailable
 from rlhf.settings.loader import sections, setting_names
 from rlhf.settings.run import Settings
 
@@ -132,6 +132,21 @@ def test_an_error_is_one_sentence_and_its_exit_code(
     assert capsys.readouterr().err == f"rlhf pretrain: {error}\n"
     assert (tmp_path / "one/logs/pretrain.log").read_text() == f"rlhf pretrain: {error}\n"
     assert not (tmp_path / "one/stages/pretrain.json").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a file that is always full")
+def test_a_full_disk_has_its_exit_code_although_the_log_takes_nothing(
+    verb: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(settings: Settings) -> None:
+        log = tmp_path / "one/logs/pretrain.log"
+        log.unlink()
+        log.symlink_to("/dev/full")
+        raise StorageError("no space")
+
+    verb.run = run
+    assert cli.main(arguments(tmp_path)) == StorageError.exit_code == 6
+    assert capsys.readouterr().err == "rlhf pretrain: no space\n"
 
 
 def test_ctrl_c_is_130_and_a_bug_a_traceback(verb: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

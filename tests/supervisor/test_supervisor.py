@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.errors import StageFailed
+from rlhf.errors import PortInUse, StageFailed, StorageError
 from rlhf.supervisor import supervisor as module
 from rlhf.supervisor.process import Process, ended_how, last_line
 from rlhf.supervisor.settings import RunSettings
@@ -151,6 +151,44 @@ def test_bad_input_is_not_tried_again(python: Make, signals: Signals, caplog: py
         with pytest.raises(StageFailed, match=r"server failed \(exit code 2\); it said last: rlhf policy: no model; "):
             supervisor.run_until_done("trainer")
     assert not caplog.records
+
+
+def test_a_full_disk_is_not_tried_again(python: Make, signals: Signals, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = python("trainer", f"print('rlhf ppo: no space'); raise SystemExit({StorageError.exit_code})")
+    with Supervisor(run_settings(), signals) as supervisor:
+        supervisor.start(trainer)
+        with pytest.raises(StageFailed) as failed:
+            supervisor.run_until_done("trainer")
+    assert str(failed.value) == (
+        "trainer failed (exit code 6: the disk is full, or a folder cannot be written); it said last: rlhf ppo: no "
+        f"space; its log: {trainer.log}"
+    )
+    assert not caplog.records
+
+
+def test_a_start_that_finds_the_disk_full_is_not_tried_again(
+    python: Make, signals: Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = python("server", "raise SystemExit(1)")
+    with Supervisor(run_settings(), signals) as supervisor:
+        supervisor.start(server)
+
+        def start() -> None:
+            raise StorageError("the embedded Redis cannot use /full")
+
+        monkeypatch.setattr(server, "start", start)
+        supervisor.start(python("trainer", FOREVER))
+        with pytest.raises(StorageError, match="cannot use /full"):
+            supervisor.run_until_done("trainer")
+
+
+def test_a_port_in_use_is_tried_again_since_its_holder_may_go(python: Make, signals: Signals) -> None:
+    code = f"print('rlhf policy: port 7101 is in use'); raise SystemExit({PortInUse.exit_code})"
+    with Supervisor(run_settings(max_restarts=1), signals) as supervisor:
+        supervisor.start(python("policy-0", code))
+        supervisor.start(python("trainer", FOREVER))
+        with pytest.raises(StageFailed, match=r"died 2 times .*: exit code 3; it said last: .* port 7101 is in use; "):
+            supervisor.run_until_done("trainer")
 
 
 def test_a_server_that_ends_with_0_has_died_too(python: Make, signals: Signals) -> None:

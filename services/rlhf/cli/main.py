@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,12 @@ def _service(verb: Verb, settings: Settings) -> str:
 
 
 def _tell(message: str, log: Path | None) -> None:
-    """On stderr and, where the stage has one, in its log."""
-    print(message, file=sys.stderr, flush=True)
+    """On stderr and, where the stage has one, in its log; as far as they can be written, since the exit code has to
+    say what happened also when the disk is full."""
+    with suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
     if log is not None and log.exists():
-        with log.open("a", encoding="utf-8") as file:
+        with suppress(OSError), log.open("a", encoding="utf-8") as file:
             print(message, file=file)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf.errors import InputError, MachineError, StageFailed, TransientError
+from rlhf.errors import InputError, MachineError, StageFailed, StorageError, TransientError
 from rlhf.supervisor.process import Child, ended_how, last_line, stop
 from rlhf.supervisor.settings import RunSettings
 from rlhf.supervisor.signals import Signals
@@ -23,6 +23,8 @@ LOOK_EVERY_S = 0.1
 PROBE_EVERY_S = 0.3
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 15.0
+HOPELESS = {InputError.exit_code: "", StorageError.exit_code: ": the disk is full, or a folder cannot be written"}
+"""Exit codes after which the same start cannot help, with what they mean where a log may not hold it any more."""
 logger = logging.getLogger(__name__)
 
 
@@ -122,7 +124,7 @@ class Supervisor:
         try:
             watched.child.start()
         except (MachineError, TransientError) as error:
-            if watched.total_restarts == 0:
+            if watched.total_restarts == 0 or isinstance(error, StorageError):
                 raise
             self._died(watched, None, str(error))
             return
@@ -135,8 +137,8 @@ class Supervisor:
         deaths.append(now)
         while deaths[0] < now - settings.restart_window_s:
             deaths.popleft()
-        if not watched.restarts or status == InputError.exit_code:  # trying the same input again cannot help
-            raise StageFailed(_epitaph(child, f"failed ({how})"))
+        if not watched.restarts or status in HOPELESS:
+            raise StageFailed(_epitaph(child, f"failed ({how}{HOPELESS.get(status or 0, '')})"))
         if len(deaths) > settings.max_restarts:
             raise StageFailed(
                 _epitaph(child, f"died {len(deaths)} times within {settings.restart_window_s:g} s, now: {how}")
