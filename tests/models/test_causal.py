@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import subprocess
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from rlhf.errors import ModelError, SettingsError
-from rlhf.models import compute, tokenizer
+from rlhf.models import compute, pretrained, tokenizer
 from rlhf.models.causal import disable_dropout, load_causal_lm, new_causal_lm, save_model, weights_sha256
 from rlhf.models.folders import sha256_file
 from rlhf.sft.settings import PretrainSettings
@@ -90,7 +91,7 @@ def test_truncated_weights(tmp_path: Path, kept_share: float) -> None:
 def test_truncated_config(tmp_path: Path) -> None:
     folder = tiny_lm_folder(tmp_path / "m")
     (folder / "config.json").write_text('{"model_type": "lla')
-    with pytest.raises(ModelError, match=f"{folder}: the model cannot be loaded"):
+    with pytest.raises(ModelError, match=f"{folder / 'config.json'} cannot be read as JSON"):
         load_causal_lm(folder)
 
 
@@ -201,3 +202,52 @@ def test_an_error_that_says_nothing_still_makes_a_sentence(tmp_path: Path, monke
     monkeypatch.setattr(tokenizer.AutoTokenizer, "from_pretrained", silent)
     with pytest.raises(ModelError, match=f"{folder}: its tokenizer cannot be read: RuntimeError"):
         tokenizer.load_tokenizer(folder)
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+Path({marker!r}).touch()
+class Config(LlamaConfig): model_type = "own"
+class Model(LlamaForCausalLM): config_class = Config
+class Tokenizer(PreTrainedTokenizerFast): pass
+"""
+
+
+OWN_CODE: list[tuple[str, dict[str, object]]] = [
+    ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}),
+    ("config.json", {"auto_map": {"AutoModelForCausalLM": "own.Model"}}),
+    ("tokenizer_config.json", {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Tokenizer"]}}),
+]
+
+
+@pytest.mark.parametrize(("file", "changes"), OWN_CODE)
+def test_code_in_a_folder_is_refused_and_neither_run_nor_asked_about(
+    tmp_path: Path, file: str, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, marker = tiny_lm_folder(tmp_path / "m"), tmp_path / "ran"
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, **changes}))
+    (folder / "own.py").write_text(CODE.format(marker=str(marker)))
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    with pytest.raises(ModelError, match=rf"{folder}: {file} names code of the folder's own \(auto_map\)"):
+        load_causal_lm(folder)
+    assert not marker.exists()
+    assert not asked
+
+
+def test_transformers_is_told_to_trust_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the look at a folder's files has missed that it brings code."""
+    folder, marker = tiny_lm_folder(tmp_path / "m"), tmp_path / "ran"
+    (folder / "own.py").write_text(CODE.format(marker=str(marker)))
+    for module in (pretrained, tokenizer):
+        monkeypatch.setattr(module, "refuse_code", lambda folder: None)
+    monkeypatch.setattr("builtins.input", lambda question="": "y")
+    for file, changes in OWN_CODE:
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**content, **changes}))
+        for load in (load_causal_lm, tokenizer.load_tokenizer):
+            with contextlib.suppress(ModelError):
+                load(folder)
+    assert not marker.exists()

@@ -1,4 +1,4 @@
-"""One careful way to `from_pretrained`: safetensors only, no network, a sentence for everything that can be wrong."""
+"""One careful way to `from_pretrained`: safetensors only, no network, no foreign code, a sentence for every fault."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf.errors import ModelError, first_line
 from rlhf.models.compute import torch_device, torch_dtype
 from rlhf.models.folders import recover_folder
-from rlhf.models.tokenizer import load_tokenizer
+from rlhf.models.tokenizer import load_tokenizer, refuse_code
 
 # Services write one log line per event; transformers' bars and its table of unused keys are not among them.
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -45,6 +45,7 @@ def load_pretrained(auto_class: Any, architecture: str, folder: Path, device: st
             dtype=torch_dtype(dtype),
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     if info["missing_keys"]:
@@ -87,8 +88,9 @@ def _load_config(folder: Path) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: has no config.json, so it is no model folder")
     weight_files(folder)
+    refuse_code(folder)
     with model_errors(folder):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return config
 
 

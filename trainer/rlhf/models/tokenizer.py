@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.errors import ModelError, SettingsError, first_line
-from rlhf.models.folders import recover_folder
+from rlhf.models.folders import read_json, recover_folder
 
 END_TOKEN = "<|end|>"
 PAD_TOKEN = "<|pad|>"
@@ -31,13 +31,28 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"{folder}: no such model folder")
     if not any((folder / name).is_file() for name in _FILES):
         raise ModelError(f"{folder}: has no tokenizer (one of {', '.join(_FILES)}); save it beside the model")
+    refuse_code(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust tokenizers raise plain Exception
         raise ModelError(f"{folder}: its tokenizer cannot be read: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError(f"{folder}: has a {type(tokenizer).__name__} where a tokenizer is expected")
     return tokenizer
+
+
+def refuse_code(folder: Path) -> None:
+    """
+    Raises:
+        ModelError: the folder brings Python code for its model or tokenizer, which is never run.
+    """
+    for name in ("config.json", "tokenizer_config.json"):
+        content = read_json(folder / name) if (folder / name).is_file() else {}
+        if isinstance(content, dict) and "auto_map" in content:
+            raise ModelError(
+                f"{folder}: {name} names code of the folder's own (auto_map), which is never run; use a model that "
+                "transformers knows by itself, or, if it knows this one, remove auto_map"
+            )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
