@@ -19,7 +19,8 @@ from support.queue_semantics import QueueSemantics, assert_conserved
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
     """The one in the wheel where there is one: the oldest version that is supported."""
     bundled = bundled_server()
-    server = EmbeddedRedis(tmp_path_factory.mktemp("redis"), search_path=str(bundled.parent) if bundled else None)
+    path = str(bundled.parent) if bundled else None
+    server = EmbeddedRedis(tmp_path_factory.mktemp("redis"), search_path=path, appendfsync="no")
     server.start()
     yield server
     server.stop()

@@ -21,8 +21,9 @@ NONE = Path("/nonexistent/redis-server")
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
-    server = EmbeddedRedis(tmp_path / "redis")
+def server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[EmbeddedRedis]:
+    """Its parameter is `appendfsync`."""
+    server = EmbeddedRedis(tmp_path / "redis", appendfsync=getattr(request, "param", "everysec"))
     yield server
     server.stop()
 
@@ -79,9 +80,11 @@ def test_data_survive_a_stop(server: EmbeddedRedis) -> None:
         assert client.get("a") == b"b"
 
 
+@pytest.mark.parametrize("server", ["no"], indirect=True)
 def test_data_and_address_survive_a_kill(server: EmbeddedRedis) -> None:
     url = server.start()
     with client_of(server) as client:
+        assert client.config_get("appendfsync") == {"appendfsync": "no"}, "else the last moments may be lost"
         for i in range(100):
             client.xadd("s", {"i": i})
         assert server.pid is not None

@@ -32,7 +32,7 @@ def assert_conserved(queue: Queue) -> None:
 
 
 class QueueSemantics:
-    """Needs a fixture `server`: an EmbeddedRedis that runs."""
+    """Needs a fixture `server`: an EmbeddedRedis that runs, with appendfsync "no" so that a kill loses nothing."""
 
     torture_kills = 6
 
@@ -368,6 +368,9 @@ class QueueSemantics:
             assert_conserved(queue)
 
     def test_nothing_is_lost_or_doubled_when_the_server_is_killed(self, server: EmbeddedRedis, make: MakeQueue) -> None:
+        with redis.Redis.from_url(server.url) as client:
+            assert client.config_get("appendfsync") == {"appendfsync": "no"}, "else the last moments may be lost"
+
         def make_patient() -> Queue:
             return make(reclaim_idle_s=5.0, max_entries=200)
 

