@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -22,6 +23,7 @@ from rlhf.models.tokenizer import tokenizer_sha256
 from rlhf.models.weights import WEIGHTS_FILE, write_weights
 from rlhf.policy import requests
 from rlhf.policy.continuous import ContinuousEngine
+from rlhf.policy.engine import Versions
 from rlhf.policy.server import POLICY, SERVICES, WEIGHTS, load_engine, serving, starting
 from rlhf.policy.settings import PolicySettings
 from rlhf.serving.client import call, connect, connect_sync, stream
@@ -74,6 +76,10 @@ class Service:
         async with asyncio.timeout(10):
             while await self.load() != (running, waiting):  # noqa: ASYNC110 (a client can only ask)
                 await asyncio.sleep(0.005)
+
+    async def prepare(self, place: Path, version: WeightVersion, timeout_s: float = 20) -> Any:
+        message = weights_pb2.PrepareRequest(version=to_version(version), uri=place.as_uri())
+        return await call(self.weights.Prepare, message, timeout_s=timeout_s)
 
     async def upload(self, version: WeightVersion, data: bytes) -> Any:
         async def chunks() -> AsyncIterator[weights_pb2.UploadChunk]:
@@ -351,6 +357,33 @@ async def test_weights_are_prepared_committed_and_rolled_back(folder: Path, tmp_
         await call(it.weights.Rollback, weights_pb2.RollbackRequest(), timeout_s=20)
         again = await it.completions(request([5, 6]))
         assert again[0].token_ids.tolist() == before[0].token_ids.tolist()
+
+
+@in_loop
+async def test_a_change_goes_on_alone_though_its_caller_has_left(folder: Path, tmp_path: Path) -> None:
+    first, second = publish(tmp_path / "0-1"), publish(tmp_path / "0-2", seed=2, step=2)
+    async with service(folder) as it:
+        prepare, log, go_on = it.engine.prepare, [], threading.Event()
+
+        def slowly(place: Path, version: WeightVersion, timeout_s: float) -> None:
+            log.append(f"{version.step} begins")
+            go_on.wait(20)
+            prepare(place, version, timeout_s)
+            log.append(f"{version.step} is done")
+
+        it.engine.prepare = slowly  # type: ignore[method-assign]
+        with pytest.raises(errors.DeadlineExceeded):
+            await it.prepare(tmp_path / "0-1", first, timeout_s=0.2)
+        with pytest.raises(errors.DeadlineExceeded):
+            await it.prepare(tmp_path / "0-2", second, timeout_s=0.2)
+        later = [asyncio.create_task(it.commit(first)), asyncio.create_task(it.prepare(tmp_path / "0-2", second))]
+        await asyncio.sleep(0.2)
+        assert log == ["1 begins"], "one at a time, and who left while waiting takes the change along"
+        assert not any(task.done() for task in later)
+        go_on.set()
+        await asyncio.gather(*later)
+        assert log == ["1 begins", "1 is done", "2 begins", "2 is done"]
+        assert it.engine.versions == Versions(first, None, second)
 
 
 @in_loop

@@ -12,10 +12,10 @@ import asyncio
 import logging
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from rlhf.errors import ModelError, RequestError
@@ -26,6 +26,9 @@ from rlhf.policy.engine_thread import EngineThread
 from rlhf.v1 import weights_pb2, weights_pb2_grpc
 from rlhf.wire.messages import from_version, to_version
 from rlhf.wire.records import WeightVersion
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ class WeightChanges:
         self._thread = thread
         self._keep = keep
         self._lock = asyncio.Lock()
+        self._task: asyncio.Task[Any] | None = None
 
     @property
     def versions(self) -> Versions:
@@ -52,29 +56,38 @@ class WeightChanges:
 
     async def prepare(self, folder: Path, version: WeightVersion, timeout_s: float = PREPARE_TIMEOUT_S) -> None:
         """See `Engine.prepare`."""
-        async with self._lock:
-            # Shielded: the thread cannot be stopped half way, and nobody else may change weights until it is done.
-            await asyncio.shield(self._prepare(folder, version, timeout_s))
+        await self._alone(lambda: asyncio.to_thread(self._engine.prepare, folder, version, timeout_s))
 
     async def commit(
         self, version: WeightVersion, expected_current: WeightVersion | None, *, keep: bool | None = None
     ) -> Versions:
         """See `Engine.commit`; `keep` None takes the setting."""
-        async with self._lock:
-            keep = self._keep if keep is None else keep
-            await self._thread.run(self._engine.commit, version, expected_current, keep=keep)
-            log.info("weights %s are current", self.versions.current)
-            return self.versions
+        keep = self._keep if keep is None else keep
+        versions = await self._alone(lambda: self._switch(self._engine.commit, version, expected_current, keep=keep))
+        log.info("weights %s are current", versions.current)
+        return versions
 
     async def rollback(self, expected_current: WeightVersion | None) -> Versions:
         """See `Engine.rollback`."""
-        async with self._lock:
-            await self._thread.run(self._engine.rollback, expected_current, keep=self._keep)
-            log.warning("rolled back to weights %s", self.versions.current)
-            return self.versions
+        versions = await self._alone(lambda: self._switch(self._engine.rollback, expected_current, keep=self._keep))
+        log.warning("rolled back to weights %s", versions.current)
+        return versions
 
-    async def _prepare(self, folder: Path, version: WeightVersion, timeout_s: float) -> None:
-        await asyncio.to_thread(self._engine.prepare, folder, version, timeout_s)
+    async def _switch(self, function: Callable[P, None], /, *args: P.args, **kwargs: P.kwargs) -> Versions:
+        await self._thread.run(function, *args, **kwargs)
+        return self.versions
+
+    async def _alone(self, change: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """The change's result, once those before it are done.
+
+        A thread cannot be stopped half way: a caller that goes away ends its change only before it begins, and the
+        lock is let go when the thread is done, whoever still waits for it.
+        """
+        await self._lock.acquire()
+        task = asyncio.create_task(change())
+        self._task = task  # the event loop alone would let it be collected
+        task.add_done_callback(lambda _: self._lock.release())
+        return await asyncio.shield(task)
 
 
 class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
