@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -20,7 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from rlhf import errors
 from rlhf.models.tokenizer import tokenizer_sha256
-from rlhf.models.weights import WEIGHTS_FILE, write_weights
+from rlhf.models.weights import WEIGHTS_FILE, named_weights, write_weights
 from rlhf.policy import requests
 from rlhf.policy.continuous import ContinuousEngine
 from rlhf.policy.engine import Versions
@@ -400,6 +402,36 @@ async def test_weights_can_be_uploaded(folder: Path, tmp_path: Path) -> None:
         await call(it.weights.Prepare, empty_uri, timeout_s=5)
         await it.commit(new)
         assert (await it.completions(request([5])))[0].versions[0].version == new
+
+
+@in_loop
+async def test_an_upload_is_bounded_by_the_weights_own_size_and_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    version = WeightVersion("r", 0, 1, "a" * 64)
+    own_bytes = sum(tensor.nbytes for tensor in named_weights(tiny_lm()).values())
+    largest = 2 * own_bytes + 2**20
+    async with service(folder) as it:
+        with pytest.raises(errors.RequestError, match=f"more than {largest} bytes"):
+            await it.upload(version, bytes(largest + 1))
+        with pytest.raises(errors.ModelError, match="altered"):
+            await it.upload(version, bytes(largest))
+        began = asyncio.Event()
+
+        async def chunks() -> AsyncIterator[weights_pb2.UploadChunk]:
+            yield weights_pb2.UploadChunk(version=to_version(version), data=b"some")
+            began.set()
+            await asyncio.sleep(20)
+
+        leaving = asyncio.create_task(call(it.weights.Upload, chunks(), timeout_s=20))
+        await began.wait()
+        async with asyncio.timeout(10):
+            while not os.listdir(tmp_path):  # noqa: ASYNC110 (a folder does not tell)
+                await asyncio.sleep(0.01)
+            leaving.cancel()
+            while os.listdir(tmp_path):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
 
 @in_loop

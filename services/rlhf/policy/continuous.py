@@ -34,7 +34,7 @@ from rlhf.errors import (
     WeightsMismatch,
 )
 from rlhf.models.tokenizer import end_token_ids, tokenizer_sha256
-from rlhf.models.weights import copy_weights, load_weights, read_manifest
+from rlhf.models.weights import copy_weights, load_weights, named_weights, read_manifest
 from rlhf.policy.cache import check_cacheable
 from rlhf.policy.engine import EngineInfo, Event, Failed, GenerationRequest, Load, Versions
 from rlhf.policy.generation import Generation
@@ -275,7 +275,8 @@ class _Budget:
 def _info(model: PreTrainedModel, context: int) -> EngineInfo:
     config = model.config.get_text_config(decoder=True)
     dtype = str(model.dtype).removeprefix("torch.")
-    return EngineInfo(config.model_type, config.vocab_size, context, dtype, str(model.device))
+    weights_bytes = sum(tensor.nbytes for tensor in named_weights(model).values())
+    return EngineInfo(config.model_type, config.vocab_size, context, dtype, str(model.device), weights_bytes)
 
 
 def _meets(row: Generation, version: WeightVersion) -> bool:

@@ -108,6 +108,8 @@ class EngineInfo:
     """Tokens of prompt and response together, at most."""
     dtype: str
     device: str
+    weights_bytes: int
+    """Of all tensors of one set of weights."""
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,8 @@ async def serving(
     calls.serve(engine, thread)
     changes = WeightChanges(engine, thread, keep=settings.in_flight == "keep")
     server.register(policy_pb2_grpc.add_PolicyServiceServicer_to_server, PolicyServicer(engine, calls, codec, settings))
-    server.register(weights_pb2_grpc.add_WeightsServiceServicer_to_server, WeightsServicer(changes, codec.sha256))
+    weights = WeightsServicer(changes, codec.sha256, engine.info.weights_bytes)
+    server.register(weights_pb2_grpc.add_WeightsServiceServicer_to_server, weights)
     # A replica that lags behind takes weights before it takes prompts.
     await server.set_ready(WEIGHTS, True)
     try:

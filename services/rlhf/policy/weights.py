@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 PREPARE_TIMEOUT_S = 120.0
 """For sequences to leave the weights whose place is needed, where the call has no deadline of its own."""
 
+UPLOAD_HEADER_BYTES = 2**20
+"""Room for the names and shapes of an upload, beside twice the weights' own size: they may come in a wider format."""
+
 
 class WeightChanges:
     """Changes of the engine's weights, one after the other."""
@@ -91,9 +94,14 @@ class WeightChanges:
 
 
 class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
-    def __init__(self, changes: WeightChanges, tokenizer_sha256: str) -> None:
+    def __init__(self, changes: WeightChanges, tokenizer_sha256: str, weights_bytes: int) -> None:
+        """
+        Args:
+            weights_bytes: of the engine's own weights, by which an upload is bounded.
+        """
         self._changes = changes
         self._tokenizer_sha256 = tokenizer_sha256
+        self._max_upload_bytes = 2 * weights_bytes + UPLOAD_HEADER_BYTES
 
     async def Prepare(self, request: weights_pb2.PrepareRequest, context: Any) -> weights_pb2.PrepareResponse:
         version = _required(request, "version")
@@ -106,7 +114,8 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
     async def Upload(
         self, request_iterator: AsyncIterator[weights_pb2.UploadChunk], context: Any
     ) -> weights_pb2.PrepareResponse:
-        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="rlhf-weights-"))
+        # Not in a thread: a caller that left while it ran would leave the folder behind.
+        folder = Path(tempfile.mkdtemp(prefix="rlhf-weights-"))
         try:
             version = await self._receive(request_iterator, folder)
             await self._changes.prepare(folder, version, _timeout_s(context))
@@ -132,19 +141,31 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         )
 
     async def _receive(self, chunks: AsyncIterator[weights_pb2.UploadChunk], folder: Path) -> WeightVersion:
-        """Writes what comes to the folder, with the manifest that a trainer would have written beside it."""
+        """Writes what comes to the folder, with the manifest that a trainer would have written beside it.
+
+        Raises:
+            RequestError: nothing came, or more than the bound.
+        """
         version: WeightVersion | None = None
         file, size_bytes = folder / WEIGHTS_FILE, 0
         with storage_errors(folder), file.open("wb") as out:
             async for chunk in chunks:
                 if version is None:
                     version = _required(chunk, "version")
-                await asyncio.to_thread(out.write, chunk.data)
                 size_bytes += len(chunk.data)
+                self._check_size(size_bytes)
+                await asyncio.to_thread(out.write, chunk.data)
         if version is None or size_bytes == 0:
             raise RequestError("upload: a version and the bytes of model.safetensors expected, nothing received")
         write_json(folder / MANIFEST_FILE, asdict(Manifest(version, size_bytes, {}, self._tokenizer_sha256, None)))
         return version
+
+    def _check_size(self, size_bytes: int) -> None:
+        if size_bytes > self._max_upload_bytes:
+            raise RequestError(
+                f"upload: more than {self._max_upload_bytes} bytes, which is twice what this policy's weights take; "
+                "send weights of the model that it serves"
+            )
 
 
 def folder_of(uri: str) -> Path:
