@@ -117,7 +117,11 @@ async def test_a_replica_registers_follows_and_leaves(
             ]
 
         await until(registered)
-        assert registry.beats()[0].fields["version"] == str(first)
+
+        async def reported() -> bool:
+            return [beat.fields["version"] for beat in registry.beats()] == [str(first)]
+
+        await until(reported)
     assert registry.replicas() == []
 
 
