@@ -130,6 +130,19 @@ async def _holds(it: Replica, version: WeightVersion) -> bool:
 
 
 @in_loop
+async def test_a_replica_is_woken_by_the_change_and_leaves_without_waiting(
+    folder: Path, tmp_path: Path, registry: Registry, run_name: str, redis_settings: RedisSettings
+) -> None:
+    first = publish(tmp_path / "0-1", 1)
+    async with replica(folder, run_name, redis_settings.url, weights_poll_s=60) as it:
+        await until(it.ready)
+        registry.advance(first, str(tmp_path / "0-1"), None)
+        await until(lambda: _holds(it, first))
+        leaves = time.monotonic()
+    assert time.monotonic() - leaves < 10
+
+
+@in_loop
 async def test_a_new_replica_is_not_ready_until_it_holds_what_is_current(
     folder: Path, tmp_path: Path, registry: Registry, run_name: str, redis_settings: RedisSettings
 ) -> None:

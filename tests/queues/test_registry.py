@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from rlhf.queues import registry as registry_module
 from rlhf.queues.connection import open_client
 from rlhf.queues.keys import RunKeys
 from rlhf.queues.registry import Current, Registry, Replica, open_registry
@@ -82,14 +83,25 @@ def test_a_lost_reply_of_advance_is_still_a_yes(redis_settings: RedisSettings, r
         assert proxy.lost == 1
 
 
-def test_a_change_wakes_who_waits(registry: Registry) -> None:
+def test_a_change_wakes_who_waits(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     registry.advance(version(0, 1), "u", None)
     seen = registry.current()
+    monkeypatch.setattr(registry_module, "MAX_BLOCK_S", 10.0)
     timer = threading.Timer(0.3, lambda: registry.advance(version(0, 2), "u", version(0, 1)))
     timer.start()
     began = time.monotonic()
     assert registry.wait_for_change(20.0, seen) == Current(version(0, 2), "u")
-    assert time.monotonic() - began < 0.9, "woken by the message, not by the look once a second"
+    assert time.monotonic() - began < 5, "woken by the message, not by the next look"
+    timer.join()
+
+
+def test_who_is_told_to_stop_waits_no_longer(registry: Registry) -> None:
+    stop = threading.Event()
+    timer = threading.Timer(0.2, stop.set)
+    timer.start()
+    began = time.monotonic()
+    assert registry.wait_for_change(20.0, None, stop) is None
+    assert time.monotonic() - began < 5
     timer.join()
 
 

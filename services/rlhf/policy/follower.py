@@ -1,17 +1,19 @@
 """Membership in a run: the replica registers itself, and follows the run's current weights.
 
-The pointer in Redis is the truth: what a publish did not bring is fetched from where the pointer says, and a rollback
-by hand lasts until the next look. The replica is ready while it holds what is current, or has lagged behind for less
-than the grace; a new one is ready once it has caught up. Where nothing is published yet, the start model will do. While
-Redis is away the replica goes on serving as it is.
+The pointer in Redis is the truth: what a publish did not bring is fetched from where the pointer says, as soon as it
+moves, and a rollback by hand lasts until the next look. The replica is ready while it holds what is current, or has
+lagged behind for less than the grace; a new one is ready once it has caught up. Where nothing is published yet, the
+start model will do. While Redis is away the replica goes on serving as it is.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from typing import ParamSpec, TypeVar
 
 from rlhf.errors import RlhfError, TransientError
 from rlhf.policy.engine import Engine
@@ -19,6 +21,9 @@ from rlhf.policy.settings import PolicySettings
 from rlhf.policy.weights import WeightChanges, folder_of
 from rlhf.queues.registry import Current, Registry, Replica
 from rlhf.wire.records import WeightVersion
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +53,23 @@ class Follower:
         self._behind_since_s: float | None = None
         self._caught_up = False
         self._redis_away = False
+        self._leaving = threading.Event()
 
     async def follow(self) -> None:
         """Until cancelled."""
+        current: Current | None = None
+        waits_s = 0.0
         while True:
-            await self._look()
-            await asyncio.sleep(self._settings.weights_poll_s)
+            try:
+                current = await self._in_thread(self._registry.wait_for_change, waits_s, current, self._leaving)
+            except TransientError as error:
+                self._note_redis(error)
+                await asyncio.sleep(self._settings.weights_poll_s)
+                continue
+            waits_s = self._settings.weights_poll_s
+            if current is not None and current.version != self._engine.versions.current:
+                await self._catch_up(current)
+            await self._judge(None if current is None else current.version)
 
     async def stay_registered(self, lease_s: float) -> None:
         """Until cancelled: renews the registration well within its lease, also while weights are loading."""
@@ -72,8 +88,8 @@ class Follower:
             "waiting": load.waiting,
         }
         try:
-            await asyncio.to_thread(self._registry.register, replica)
-            await asyncio.to_thread(self._registry.beat, "policy", self._settings.name, fields)
+            await self._in_thread(self._registry.register, replica)
+            await self._in_thread(self._registry.beat, "policy", self._settings.name, fields)
         except TransientError as error:
             self._note_redis(error)
         else:
@@ -86,16 +102,6 @@ class Follower:
             await asyncio.to_thread(self._registry.unregister, self._settings.name)
         except TransientError as error:
             self._note_redis(error)
-
-    async def _look(self) -> None:
-        try:
-            current = await asyncio.to_thread(self._registry.current)
-        except TransientError as error:
-            self._note_redis(error)
-            return
-        if current is not None and current.version != self._engine.versions.current:
-            await self._catch_up(current)
-        await self._judge(None if current is None else current.version)
 
     async def _catch_up(self, current: Current) -> None:
         try:
@@ -118,6 +124,17 @@ class Follower:
             log.info("ready" if ready else f"not ready: weights {wanted} are missed for {behind_s:.0f} s")
             await self._set_ready(ready)
             await self.register()
+
+    async def _in_thread(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """As `asyncio.to_thread`, but who cancels it gets on when the thread is done: next come the end of the
+        registration, which must not be written once more, and of the connection."""
+        thread = asyncio.create_task(asyncio.to_thread(function, *args, **kwargs))
+        try:
+            return await asyncio.shield(thread)
+        except asyncio.CancelledError:
+            self._leaving.set()
+            await asyncio.wait([thread])
+            raise
 
     def _note_redis(self, error: TransientError | None) -> None:
         if error is not None and not self._redis_away:

@@ -37,7 +37,7 @@ class PolicySettings(Compute, Listen):
     answer_cache_s: PositiveFloat = 120.0
     """Seconds for which the answer to a request_id is kept for a repeated call."""
     weights_poll_s: PositiveFloat = 1.0
-    """Seconds between looks at the run's current weights."""
+    """Seconds between looks at the run's current weights when no message says that they have changed."""
     weights_grace_s: PositiveFloat = 15.0
     """Seconds a replica may lag behind the run's current weights before it reports not ready."""
 

@@ -7,6 +7,7 @@ reports are leased: who does not renew is gone.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, TypeVar, cast
 import redis
 
 from rlhf.queues import scripts
-from rlhf.queues.connection import patiently
+from rlhf.queues.connection import MAX_BLOCK_S, patiently
 from rlhf.queues.keys import RunKeys
 from rlhf.queues.settings import RedisSettings
 from rlhf.wire.records import WeightVersion
@@ -114,10 +115,13 @@ class Registry:
         ]
         return bool(self._patiently(lambda: self._advance([self._keys.current, self._keys.changed], args)))
 
-    def wait_for_change(self, timeout_s: float, seen: Current | None = None) -> Current | None:
-        """The pointer as soon as it is another than `seen`, or as it is after `timeout_s`."""
+    def wait_for_change(
+        self, timeout_s: float, seen: Current | None = None, stop: threading.Event | None = None
+    ) -> Current | None:
+        """The pointer as soon as it is another than `seen`, or as it is after `timeout_s`, or soon after `stop`."""
         deadline = time.monotonic() + timeout_s
-        return self._patiently(lambda: self._wait_for_change(deadline, seen))
+        stop = stop or threading.Event()
+        return self._patiently(lambda: self._wait_for_change(deadline, seen, stop), stop)
 
     def beat(self, service: str, name: str, fields: Mapping[str, Any]) -> None:
         """Reports the state of one process, for `rlhf status`; to be called several times per lease."""
@@ -131,15 +135,15 @@ class Registry:
         beats = [Beat(b["service"], b["name"], b["fields"], max(0.0, now - b["unix_s"])) for b in found]
         return sorted(beats, key=lambda beat: (beat.service, beat.name))
 
-    def _wait_for_change(self, deadline: float, seen: Current | None) -> Current | None:
+    def _wait_for_change(self, deadline: float, seen: Current | None, stop: threading.Event) -> Current | None:
         with self._client.pubsub(ignore_subscribe_messages=True) as channel:  # type: ignore[no-untyped-call]
             channel.subscribe(self._keys.changed)  # before the look, so that no change falls between
             while True:
                 found = self.current()
                 left_s = deadline - time.monotonic()
-                if found != seen or left_s <= 0:
+                if found != seen or left_s <= 0 or stop.is_set():
                     return found
-                channel.get_message(timeout=min(left_s, 1.0))
+                channel.get_message(timeout=min(left_s, MAX_BLOCK_S))
 
     def _write_leased(self, names: str, prefix: str, name: str, value: Mapping[str, Any]) -> None:
         text = json.dumps(value)
@@ -148,8 +152,8 @@ class Registry:
     def _read_leased(self, names: str, prefix: str) -> list[Any]:
         return [json.loads(value) for value in self._patiently(lambda: self._leased([names], [prefix]))]
 
-    def _patiently(self, call: Callable[[], T]) -> T:
-        return patiently(call, timeout_s=self._timeout_s, what="Redis")
+    def _patiently(self, call: Callable[[], T], stop: threading.Event | None = None) -> T:
+        return patiently(call, timeout_s=self._timeout_s, what="Redis", stop=stop)
 
 
 def open_registry(client: redis.Redis, run: str, settings: RedisSettings) -> Registry:
