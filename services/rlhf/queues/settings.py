@@ -15,8 +15,8 @@ class RedisSettings(Section):
     connect_timeout_s: PositiveFloat = 60.0
     """How long Redis may be away before a process gives up."""
     require_durable: bool = True
-    """Refuse a server without append-only file or with an eviction policy: it would lose rollouts. A managed Redis whose
-    INFO leaves out `aof_enabled` or `maxmemory_policy` needs `false`."""
+    """Refuse a server without append-only file or with an eviction policy: it would lose rollouts. A managed Redis
+    whose INFO leaves out `aof_enabled` or `maxmemory_policy` needs `false`."""
     max_entries: PositiveInt = 4096
     """Entries in each stream; a producer waits while it is full."""
     max_mib: PositiveInt = 256
