@@ -24,7 +24,7 @@ demo: setup ## all three steps on one machine, from nothing to an improved polic
 	@$(BIN)/rlhf demo
 
 test: setup ## the suite that needs nothing but pip
-	$(BIN)/pytest -m "not system"
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not system"
 
 test-system: setup ## the tests that need more than pip: Debian's redis-server
 	$(BIN)/pytest -m system
