@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.data.prompts import Prompt, encode_prompt, read_prompts
 from rlhf.data.samples import Sampled, SampledCompletion, write_samples
+from rlhf.data.sampling import sampling_of
 from rlhf.errors import ModelError
 from rlhf.models.causal import load_causal_lm, weights_sha256
 from rlhf.models.compute import set_threads
@@ -21,7 +22,6 @@ from rlhf.observe.progress import progress
 from rlhf.policy.continuous import ContinuousEngine, Limits
 from rlhf.policy.engine import SEEDS, Engine, Failed, Finished, GenerationRequest
 from rlhf.policy.requests import check_prompts, check_sampling
-from rlhf.policy.settings import SamplingSettings
 from rlhf.wire.records import Completion, LogprobMode, Sampling, Stopping, Tokens, WeightVersion
 
 if TYPE_CHECKING:
@@ -106,25 +106,6 @@ def generate(
     completions = [_completion(finished[request.id], request) for request in requests]
     k = sampling.completions
     return [completions[i * k : (i + 1) * k] for i in range(len(prompts))]
-
-
-def sampling_of(settings: SamplingSettings, completions: int, seed: int) -> tuple[Sampling, Stopping]:
-    """The settings as records."""
-    sampling = Sampling(
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        min_p=settings.min_p,
-        repetition_penalty=settings.repetition_penalty,
-        seed=seed,
-        completions=completions,
-    )
-    stopping = Stopping(
-        max_new_tokens=settings.max_new_tokens,
-        min_new_tokens=settings.min_new_tokens,
-        stop_strings=settings.stop_strings,
-    )
-    return sampling, stopping
 
 
 def _run(engine: Engine, requests: Sequence[GenerationRequest], on_finished: Callable[[], None]) -> dict[int, Finished]:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.data.prompts import read_prompts
+from rlhf.data.sampling import sampling_of
 from rlhf.evaluate.judge import Judge, load_judge
 from rlhf.evaluate.policies import Answer, Policy, load_both
 from rlhf.evaluate.results import Evaluation, Pair, write_evaluation
@@ -30,7 +31,6 @@ from rlhf.evaluate.statistics import bootstrap_interval, distinct_bigrams
 from rlhf.models.compute import set_threads
 from rlhf.models.folders import start_model
 from rlhf.observe.progress import progress
-from rlhf.policy.sample import sampling_of
 from rlhf.reward.rules import load_rule
 from rlhf.settings.run import Settings
 
