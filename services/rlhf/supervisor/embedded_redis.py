@@ -17,6 +17,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -338,3 +339,10 @@ def _why_not_ready(client: redis.Redis) -> str | None:
 def _last_line(path: Path) -> str:
     lines = path.read_text(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), f"see {path}")
+
+
+if __name__ == "__main__":  # `make setup` asks
+    try:
+        print(find_server().path)
+    except RedisUnsuitable as error:
+        sys.exit(str(error))
