@@ -21,8 +21,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving": {*LOW, "wire", "v1"},
     "rollouts": {*LOW, "observe", "queues", "serving", "wire", "v1"},
     "policy": SERVICE,
-    "reward": SERVICE,
-    "reference": SERVICE,
+    "reward": SERVICE - {"data"},
+    "reference": SERVICE - {"data"},
     "observe": {*LOW, "cli", "models", "queues", "supervisor", "wire"},
     "supervisor": {*LOW, "cli", "models", "observe", "queues", "serving"},
     "cli": {*LOW, "models", "observe"},
@@ -30,6 +30,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ppo": {*LOW, "data", "models", "observe", "ops", "queues", "serving", "wire", "v1"},
     "sft": {*LOW, "data", "models", "observe", "ops"},
     "preference": {*LOW, "data", "models", "observe", "ops", "reward", "sft"},
+    "data": {*LOW, "reward", "wire"},
+    "evaluate": {*LOW, "data", "models", "observe", "policy", "reference", "reward", "wire"},
+    "doctor": {*LOW, "models", "observe", "queues", "serving", "supervisor", "v1", "wire"},
 }
 
 
@@ -63,6 +66,11 @@ def test_the_reader_sees_every_form_of_import() -> None:
         "from rlhf.policy.settings import PolicySettings\nfrom rlhf.policy import settings\n"
     )
     assert parts(source) == {"queues", "models", "wire"}
+
+
+def test_every_part_has_its_directions() -> None:
+    found = {path.parent.name for root in CODE_ROOTS for path in (ROOT / root / "rlhf").glob("*/__init__.py")}
+    assert found - LOW == MAY_IMPORT.keys()
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
