@@ -1,15 +1,45 @@
 """A reward rule: praise, counted by words, wanted or unwanted by the prompt's row.
 
-A rule is a function of a list of items; it answers one finite number for each, in their order. `item.metadata` holds the
-other fields of the prompt's row, as strings: {"prompt": "The film was", "wanted": "negative"}.
+A rule is a function of a list of items; it answers one finite number for each, in their order. `item.metadata` holds
+the other fields of the prompt's row, as strings: {"prompt": "The film was", "wanted": "negative"}.
 """
 
 from collections.abc import Sequence
 
 from rlhf.reward.rules import ScoreItem
 
-GOOD = frozenset("beautiful brilliant enjoyable excellent fine funny good great lovely moving superb wonderful".split())
-BAD = frozenset("awful bad boring disappointing dreadful dull horrible poor silly terrible tiresome weak".split())
+GOOD = frozenset(
+    {
+        "beautiful",
+        "brilliant",
+        "enjoyable",
+        "excellent",
+        "fine",
+        "funny",
+        "good",
+        "great",
+        "lovely",
+        "moving",
+        "superb",
+        "wonderful",
+    }
+)
+BAD = frozenset(
+    {
+        "awful",
+        "bad",
+        "boring",
+        "disappointing",
+        "dreadful",
+        "dull",
+        "horrible",
+        "poor",
+        "silly",
+        "terrible",
+        "tiresome",
+        "weak",
+    }
+)
 
 
 def sentiment(items: Sequence[ScoreItem]) -> list[float]:
