@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rlhf.data.sampling import sampling_of
 from rlhf.errors import StageFailed
 from rlhf.models.causal import save_model
 from rlhf.models.compute import set_threads
@@ -40,7 +41,7 @@ from rlhf.ppo.ledger import Ledger, Lineage
 from rlhf.ppo.prompts import encoded_prompts
 from rlhf.ppo.publish import Publisher
 from rlhf.ppo.records import RunRecords
-from rlhf.ppo.setup import build_step, check_budget, check_critic_context, sampling_of, stopping_of
+from rlhf.ppo.setup import build_step, check_budget, check_critic_context, check_sampling
 from rlhf.ppo.source import PromptSource, TaskMaker
 from rlhf.queues.connection import connect
 from rlhf.queues.keys import RunKeys
@@ -75,6 +76,7 @@ class Trainer:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.paths = settings.paths
+        check_sampling(settings.sampling)
         self.tokenizer = load_tokenizer(settings.ppo.model or start_model(settings))
         self.ppo_step = build_step(settings, self.tokenizer)
         prompts = encoded_prompts(settings.ppo.prompts or self.paths.prompts, self.tokenizer, self._context - 1)
@@ -86,12 +88,13 @@ class Trainer:
         hash_of_tokenizer = tokenizer_sha256(self.tokenizer)
         self.publisher = Publisher(self.registry, self.paths.weights, hash_of_tokenizer, settings.ppo)
         self.ledger = self._open_ledger()
+        sampling, stopping = sampling_of(settings.sampling, settings.ppo.completions)
         maker = TaskMaker(
             prompts,
             run_id=self.ledger.lineage.run_id,
             seed=settings.ppo.seed,
-            sampling=sampling_of(settings),
-            stopping=stopping_of(settings),
+            sampling=sampling,
+            stopping=stopping,
             tokenizer_sha256=hash_of_tokenizer,
         )
         prompts_stream = prompts_queue(client, settings.run.name, settings.redis)

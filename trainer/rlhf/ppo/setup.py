@@ -10,12 +10,12 @@ from rlhf.models.causal import disable_dropout, load_causal_lm
 from rlhf.models.folders import start_model
 from rlhf.models.reward import RewardModel
 from rlhf.models.tokenizer import load_tokenizer, tokenizer_sha256
+from rlhf.policy.settings import SamplingSettings
 from rlhf.ppo.kl_control import KlController
 from rlhf.ppo.learner import Learner
 from rlhf.ppo.prompts import EncodedPrompt
 from rlhf.ppo.step import PpoStep
 from rlhf.settings.run import Settings
-from rlhf.wire.records import Sampling, Stopping
 
 BYTES_PER_TOKEN = 24
 """Of a completion in the stream: id, mask, two log-probs, a token reward, and as much again for text and names."""
@@ -42,28 +42,18 @@ def build_step(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PpoSte
     return PpoStep(learner, KlController(settings.kl), generator)
 
 
-def sampling_of(settings: Settings) -> Sampling:
+def check_sampling(sampling: SamplingSettings) -> None:
     """
     Raises:
         SettingsError: a filter is set. Completions would come from another distribution than the one whose log-probs
             trainer and reference compute, and neither ratio nor KL would mean anything.
     """
-    s = settings.sampling
     for name, neutral in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0), ("repetition_penalty", 1.0)):
-        if getattr(s, name) != neutral:
+        received = getattr(sampling, name)
+        if received != neutral:
             raise SettingsError(
-                f"sampling.{name}: PPO samples from the policy as it is, so {neutral} is needed; "
-                f"{getattr(s, name)} received"
+                f"sampling.{name}: PPO samples from the policy as it is, so {neutral} is needed; {received} received"
             )
-    return Sampling(
-        temperature=s.temperature,
-        completions=settings.ppo.completions,
-    )
-
-
-def stopping_of(settings: Settings) -> Stopping:
-    s = settings.sampling
-    return Stopping(max_new_tokens=s.max_new_tokens, min_new_tokens=s.min_new_tokens, stop_strings=s.stop_strings)
 
 
 def check_budget(settings: Settings, prompts: list[EncodedPrompt]) -> None:
