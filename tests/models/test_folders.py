@@ -116,6 +116,8 @@ def test_start_model_is_sft_else_pretrained_else_a_sentence(tmp_path: Path) -> N
     assert start_model(settings) == settings.paths.pretrained
     settings.paths.sft.mkdir()
     assert start_model(settings) == settings.paths.sft
+    named = settings.model_copy(update={"run": settings.run.model_copy(update={"model": tmp_path / "mine"})})
+    assert start_model(named) == tmp_path / "mine"
 
 
 class Killed(BaseException):

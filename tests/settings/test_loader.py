@@ -137,7 +137,7 @@ def test_a_file_that_cannot_be_read_is_refused_with_file_and_line(tmp_path: Path
 
 
 def test_settings_come_back_from_the_json_they_are_written_as(tmp_path: Path) -> None:
-    settings = load_settings(overrides=["run.stages=['ppo']", "ppo.model=a/b", "run.min_judge_gain=0.1"])
+    settings = load_settings(overrides=["run.stages=['evaluate']", "ppo.model=a/b", "run.min_judge_gain=0.1"])
     path = write(tmp_path, settings.model_dump_json(), "settings.json")
     assert load_settings(files=[path]) == settings
 

@@ -12,7 +12,7 @@ from rlhf.settings import Compute, Listen, Section
 
 class PolicySettings(Compute, Listen):
     model: Path | None = None
-    """Folder of a causal language model with its tokenizer. None: the newest of the run's sft/ and pretrained/."""
+    """Folder of a causal language model with its tokenizer. None: the run's start model (run.model)."""
     join_run: bool = False
     """Register in Redis as a replica of the run and follow its current weights. Without it, no Redis is needed."""
     name: str = "policy-0"
@@ -65,7 +65,7 @@ class SampleSettings(Compute):
     """`rlhf sample`."""
 
     model: Path | None = None
-    """Folder of a causal language model. None: the run's sft/ or pretrained/."""
+    """Folder of a causal language model. None: the run's start model (run.model)."""
     prompts: Path | None = None
     """JSONL or Parquet of prompts. None: the run's data/prompts.jsonl."""
     out: Path | None = None

@@ -11,7 +11,7 @@ from rlhf.settings import Compute, Listen
 
 class ReferenceSettings(Compute, Listen):
     model: Path | None = None
-    """Folder of the frozen initial model. None: what the policy starts from."""
+    """Folder of the frozen initial model. None: the run's start model (run.model)."""
     max_batch_size: PositiveInt = 256
     """Sequences in one forward pass; a larger call is refused."""
     max_batch_tokens: PositiveInt = 32768

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from rlhf.settings import Section
 
@@ -17,6 +17,9 @@ class RunSettings(Section):
     """Name of the run: letters, digits, '.', '_', '-'. It names the folder, the Redis keys and the weight versions."""
     folder: Path = Path("runs")
     """Folder of all runs."""
+    model: Path | None = None
+    """Folder of the causal language model that steps 2 and 3 start from, where a section names no other. None: the
+    run's sft/, else its pretrained/."""
     stages: tuple[Stage, ...] = ("pretrain", "sample", "rank", "reward-model", "ppo", "evaluate", "report")
     """What `rlhf run` does, in this order."""
     policies: PositiveInt = 1
@@ -34,3 +37,9 @@ class RunSettings(Section):
     min_judge_gain: float | None = None
     """The run fails unless the judge's mean score rose by at least this, with its 95 % interval above 0. None: no such
     condition."""
+
+    @model_validator(mode="after")
+    def _a_gain_has_to_be_measured(self) -> RunSettings:
+        if self.min_judge_gain is not None and "evaluate" not in self.stages:
+            raise ValueError('min_judge_gain needs the stage "evaluate", which measures the judge\'s score')
+        return self

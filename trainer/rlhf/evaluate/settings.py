@@ -11,7 +11,7 @@ from rlhf.settings import Compute
 
 class EvaluateSettings(Compute):
     before: Path | None = None
-    """Folder of the initial policy. None: the run's sft/ or pretrained/."""
+    """Folder of the initial policy. None: the run's start model (run.model)."""
     after: Path | None = None
     """Folder of the improved policy. None: the run's policy/."""
     reward_model: Path | None = None

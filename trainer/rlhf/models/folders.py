@@ -33,18 +33,20 @@ _BETWEEN_RENAMES_S = 0.1
 
 
 def start_model(settings: Settings) -> Path:
-    """The run's model that step 2 and 3 start from: `sft/` if there is one, else `pretrained/`.
+    """The model that steps 2 and 3 start from: `run.model`, or else the run's `sft/`, or else its `pretrained/`.
 
     Raises:
-        ModelError: neither is there.
+        ModelError: there is none.
     """
+    if settings.run.model is not None:
+        return settings.run.model
     for folder in (settings.paths.sft, settings.paths.pretrained):
         recover_folder(folder)
         if folder.is_dir():
             return folder
     raise ModelError(
         f"no model to start from: neither {settings.paths.sft} nor {settings.paths.pretrained} exists; "
-        "run `rlhf pretrain` first, or set the stage's model"
+        "run `rlhf pretrain` first, or name a folder in run.model"
     )
 
 

@@ -12,7 +12,7 @@ from rlhf.settings import Compute, Section
 
 class PpoSettings(Compute):
     model: Path | None = None
-    """Folder of the causal language model to improve. None: the run's sft/ or pretrained/."""
+    """Folder of the causal language model to improve. None: the run's start model (run.model)."""
     prompts: Path | None = None
     """JSONL or Parquet of prompts. None: the run's data/prompts.jsonl."""
     out: Path | None = None

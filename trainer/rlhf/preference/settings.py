@@ -43,7 +43,7 @@ class RewardModelSettings(Compute, Optimisation):
     comparisons: Path | None = None
     """JSONL of judgments. None: the run's comparisons.jsonl."""
     init_from: Path | None = None
-    """Causal language model whose trunk the reward model starts from. None: the run's sft/ or pretrained/."""
+    """Causal language model whose trunk the reward model starts from. None: the run's start model (run.model)."""
     out: Path | None = None
     """Folder to write. None: the run's reward-model/."""
     lr: float = Field(default=1e-3, gt=0)
