@@ -61,7 +61,8 @@ def _settings(arguments: Arguments) -> Settings:
     if arguments.verb.name == "demo":
         return _loaded(arguments, [DEMO])
     settings = _loaded(arguments, [])
-    if arguments.verb.kind == "look" and settings.paths.settings.exists():
+    looks = arguments.verb.kind == "look" or arguments.verb.name in ("evaluate", "report")
+    if looks and settings.paths.settings.exists():
         # Who looks at a run need not say again how it was started.
         return _loaded(arguments, [settings.paths.settings])
     return settings
@@ -103,7 +104,13 @@ def _run_stage(verb: Verb, settings: Settings, run: Any, started_s: float) -> No
     note_start(verb, settings)
     figures: Mapping[str, Any] = run(settings) or {}
     record = note_end(verb, settings, figures, time.monotonic() - started_s)
-    logging.getLogger(__name__).info("done in %.1f s", record.seconds)
+    logging.getLogger(__name__).info("done in %.1f s%s", record.seconds, _in_words(figures))
+
+
+def _in_words(figures: Mapping[str, Any]) -> str:
+    """The single numbers among a stage's figures; all of them are in its record."""
+    numbers = [f"{name} {value:.4g}" for name, value in figures.items() if type(value) in (int, float)]
+    return f": {', '.join(numbers)}" if numbers else ""
 
 
 def _service(verb: Verb, settings: Settings) -> str:
