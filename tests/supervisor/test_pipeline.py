@@ -13,7 +13,7 @@ import pytest
 
 from rlhf.cli.records import StageRecord
 from rlhf.cli.verbs import BY_NAME
-from rlhf.errors import StageFailed
+from rlhf.errors import SettingsError, StageFailed
 from rlhf.settings.loader import load_settings
 from rlhf.settings.run import Settings
 from rlhf.supervisor import group as group_module
@@ -186,6 +186,9 @@ def test_every_stage_has_its_outputs_in_the_run_folder(tmp_path: Path) -> None:
         assert BY_NAME[stage].kind == "stage"
 
 
+DEMANDING = ('run.stages=["evaluate"]', "run.min_judge_gain=0.1")
+
+
 def gain(before: float, after: float, low: float, high: float) -> dict[str, Any]:
     return {"judge_before": before, "judge_after": after, "judge_gain_interval": [low, high]}
 
@@ -195,16 +198,20 @@ def gain(before: float, after: float, low: float, high: float) -> dict[str, Any]
     [
         (gain(0.5, 0.58, 0.05, 0.11), r"rose by 0\.080 .* at least 0\.1 with the interval above 0"),
         (gain(0.5, 0.7, -0.01, 0.4), r"rose by 0\.200 \(95 % interval -0\.010 to 0\.400\)"),
-        ({}, "no stage of the run has measured the judge's score"),
     ],
 )
 def test_a_judge_that_sees_no_gain_fails_the_run(figures: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(StageFailed, match=sentence):
-        pipeline.check_gain(figures, settings_of(tmp_path, "run.min_judge_gain=0.1"))
+        pipeline.check_gain(figures, settings_of(tmp_path, *DEMANDING))
+
+
+def test_a_gain_that_no_stage_measures_is_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match='min_judge_gain needs the stage "evaluate"'):
+        settings_of(tmp_path, "run.min_judge_gain=0.1")
 
 
 def test_a_gain_passes_and_no_condition_asks_for_none(tmp_path: Path) -> None:
-    pipeline.check_gain(gain(0.5, 0.7, 0.1, 0.3), settings_of(tmp_path, "run.min_judge_gain=0.1"))
+    pipeline.check_gain(gain(0.5, 0.7, 0.1, 0.3), settings_of(tmp_path, *DEMANDING))
     pipeline.check_gain(gain(0.5, 0.1, -1, 0), settings_of(tmp_path))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.errors import PortInUse, StageFailed, StorageError
+from rlhf.errors import InputError, PortInUse, StageFailed, StorageError
 from rlhf.supervisor import supervisor as module
 from rlhf.supervisor.process import Process, ended_how, last_line
 from rlhf.supervisor.settings import RunSettings
@@ -143,12 +143,15 @@ def test_deaths_long_ago_do_not_count(python: Make, signals: Signals, tmp_path: 
     assert counter.read_text() == "xxxx"
 
 
-def test_bad_input_is_not_tried_again(python: Make, signals: Signals, caplog: pytest.LogCaptureFixture) -> None:
-    server = python("server", "print('rlhf policy: no model'); raise SystemExit(2)")
+@pytest.mark.parametrize("status", [InputError.exit_code, StageFailed.exit_code])
+def test_what_cannot_help_is_not_tried_again(
+    python: Make, signals: Signals, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    server = python("server", f"print('rlhf policy: no model'); raise SystemExit({status})")
     with Supervisor(run_settings(), signals) as supervisor:
         supervisor.start(server)
         supervisor.start(python("trainer", FOREVER))
-        with pytest.raises(StageFailed, match=r"server failed \(exit code 2\); it said last: rlhf policy: no model; "):
+        with pytest.raises(StageFailed, match=r"server failed .*; it said last: rlhf policy: no model; "):
             supervisor.run_until_done("trainer")
     assert not caplog.records
 

@@ -61,8 +61,6 @@ def check_gain(summary: Mapping[str, Any], settings: Settings) -> None:
     least = settings.run.min_judge_gain
     if least is None:
         return
-    if "judge_gain_interval" not in summary:
-        raise StageFailed("run.min_judge_gain is set, but no stage of the run has measured the judge's score")
     gain, (low, high) = summary["judge_after"] - summary["judge_before"], summary["judge_gain_interval"]
     if gain < least or low <= 0:
         raise StageFailed(

@@ -23,7 +23,11 @@ LOOK_EVERY_S = 0.1
 PROBE_EVERY_S = 0.3
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 15.0
-HOPELESS = {InputError.exit_code: "", StorageError.exit_code: ": the disk is full, or a folder cannot be written"}
+HOPELESS = {
+    InputError.exit_code: "",
+    StageFailed.exit_code: "",
+    StorageError.exit_code: ": the disk is full, or a folder cannot be written",
+}
 """Exit codes after which the same start cannot help, with what they mean where a log may not hold it any more."""
 logger = logging.getLogger(__name__)
 
