@@ -66,8 +66,10 @@ class WeightChanges:
     ) -> Versions:
         """See `Engine.commit`; `keep` None takes the setting."""
         keep = self._keep if keep is None else keep
+        before = self.versions.current
         versions = await self._alone(lambda: self._switch(self._engine.commit, version, expected_current, keep=keep))
-        log.info("weights %s are current", versions.current)
+        if versions.current != before:
+            log.info("weights %s are current", versions.current)
         return versions
 
     async def rollback(self, expected_current: WeightVersion | None) -> Versions:

@@ -62,7 +62,7 @@ def check_services(settings: Settings) -> Iterator[Finding]:
 
 def addresses(settings: Settings) -> Iterator[tuple[str, str, str, bool]]:
     """Name, section, address, and whether it must be there: those of a run under way, else those a worker would use."""
-    running = [(process["name"], process["address"]) for process in supervised(settings.paths)]
+    running = [(p["name"], p["address"]) for p in supervised(settings.paths) if p["address"]]
     for section in SERVICES:
         mine = [(name, section, at, True) for name, at in running if name.partition("-")[0] == section]
         if mine:
