@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from rlhf.preference.comparisons import Comparison, ComparisonBatch, batch_of, e
 from rlhf.preference.loss import bradley_terry_sum
 from rlhf.preference.settings import RewardModelSettings
 from rlhf.settings.run import Settings
+from rlhf.sft.batches import batches_per_epoch, shuffled_batches
 from rlhf.sft.loop import Job, Trained, autocast, remove_training_state, state_folder_of, train
 
 REFERENCE_SET_SIZE = 512
@@ -93,19 +93,13 @@ def _job(
     settings: Settings, model: RewardModel, training: list[Comparison], pad_id: int, out: Path
 ) -> Job[ComparisonBatch]:
     section = settings.reward_model
-    per_epoch = -(-len(training) // section.prompts_per_batch)
-    order = lru_cache(maxsize=2)(lambda epoch: np.random.default_rng([section.seed, epoch]).permutation(len(training)))
-
-    def micro_batch(index: int) -> ComparisonBatch:
-        epoch, place = divmod(index, per_epoch)
-        chosen = order(epoch)[place * section.prompts_per_batch : (place + 1) * section.prompts_per_batch]
-        return batch_of([training[number] for number in chosen], pad_id)
-
+    per_epoch = batches_per_epoch(len(training), section.prompts_per_batch)
+    batch = shuffled_batches(training, section.prompts_per_batch, section.seed)
     return Job(
         name="reward-model",
         model=model,
         loss=_loss(model),
-        micro_batch=micro_batch,
+        micro_batch=lambda index: batch_of(batch(index), pad_id),
         micro_batches=per_epoch * section.epochs,
         settings=section,
         state_folder=state_folder_of(out),

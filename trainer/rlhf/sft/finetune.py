@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from rlhf.models.causal import load_causal_lm, save_model
 from rlhf.models.compute import set_threads
 from rlhf.models.tokenizer import end_token_ids, load_tokenizer, pad_token_id
 from rlhf.settings.run import Settings
+from rlhf.sft.batches import batches_per_epoch, shuffled_batches
 from rlhf.sft.examples import Example, batches_of, encoder, example_batch
 from rlhf.sft.loop import Job, remove_training_state, state_folder_of, train
 from rlhf.sft.settings import SftSettings
-from rlhf.sft.tokens import TokenBatch, mean_nll, nll_sum, perplexity
+from rlhf.sft.tokens import mean_nll, nll_sum, perplexity
 
 
 def run(settings: Settings) -> Mapping[str, Any]:
@@ -68,19 +68,13 @@ def split(examples: Sequence[Example], section: SftSettings) -> tuple[list[Examp
 
 def _job(settings: Settings, model: PreTrainedModel, examples: list[Example], pad_id: int, out: Path) -> Job[Any]:
     section = settings.sft
-    per_epoch = -(-len(examples) // section.batch_size)
-    order = lru_cache(maxsize=2)(lambda epoch: np.random.default_rng([section.seed, epoch]).permutation(len(examples)))
-
-    def micro_batch(index: int) -> TokenBatch:
-        epoch, place = divmod(index, per_epoch)
-        chosen = order(epoch)[place * section.batch_size : (place + 1) * section.batch_size]
-        return example_batch([examples[number] for number in chosen], pad_id)
-
+    per_epoch = batches_per_epoch(len(examples), section.batch_size)
+    batch = shuffled_batches(examples, section.batch_size, section.seed)
     return Job(
         name="sft",
         model=model,
         loss=lambda batch: nll_sum(model, batch),
-        micro_batch=micro_batch,
+        micro_batch=lambda index: example_batch(batch(index), pad_id),
         micro_batches=per_epoch * section.epochs,
         settings=section,
         state_folder=state_folder_of(out),
