@@ -6,6 +6,7 @@ import asyncio
 import functools
 import os
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -18,14 +19,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from rlhf.models.tokenizer import tokenizer_sha256
 from rlhf.models.weights import WEIGHTS_FILE, write_weights
-from rlhf.policy.server import POLICY, SERVICES, starting
+from rlhf.policy.server import POLICY, SERVICES, advertised, starting
 from rlhf.policy.settings import PolicySettings
 from rlhf.queues.connection import open_client
 from rlhf.queues.keys import RunKeys
 from rlhf.queues.registry import Registry
 from rlhf.queues.settings import RedisSettings
 from rlhf.serving.client import call, connect
-from rlhf.serving.server import running
+from rlhf.serving.server import Server, running
 from rlhf.settings.run import Settings
 from rlhf.supervisor.embedded_redis import EmbeddedRedis
 from rlhf.supervisor.settings import RunSettings
@@ -201,3 +202,23 @@ async def test_a_replica_outlives_redis(folder: Path, tmp_path: Path, run_name: 
             missed = publish(tmp_path / "0-1", 1)
             Registry(client, RunKeys(run_name), 10).advance(missed, str(tmp_path / "0-1"), None)
             await until(lambda: _holds(it, missed))
+
+
+@pytest.mark.parametrize(
+    ("listen", "address"),
+    [
+        ({"host": "127.0.0.1"}, "127.0.0.1:7101"),
+        ({"host": "0.0.0.0"}, f"{socket.gethostname()}:7101"),
+        ({"host": "0.0.0.0", "advertise": "policy-0.example:80"}, "policy-0.example:80"),
+    ],
+)
+def test_where_the_trainer_reaches_a_replica(listen: dict[str, str], address: str, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret")
+
+    async def scenario() -> str:
+        settings = PolicySettings(**listen, token_file=tmp_path / "token")  # type: ignore[arg-type]
+        server = Server("policy", settings, SERVICES)
+        server.port = 7101
+        return advertised(server, settings)
+
+    assert asyncio.run(scenario()) == address

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from rlhf.errors import Unavailable
 from rlhf.queues import registry as registry_module
 from rlhf.queues.connection import open_client
 from rlhf.queues.keys import RunKeys
@@ -161,3 +162,19 @@ def test_beats_carry_a_state_and_expire(client: redis.Redis, run_name: str) -> N
 def test_runs_do_not_meet(client: redis.Redis, run_name: str, redis_settings: RedisSettings) -> None:
     open_registry(client, run_name, redis_settings).advance(version(0, 1), "u", None)
     assert open_registry(client, run_name + "-2", redis_settings).current() is None
+
+
+def test_a_report_that_redis_took_makes_the_beat_file_new(
+    client: redis.Redis, run_name: str, redis_settings: RedisSettings, tmp_path: Path
+) -> None:
+    file = tmp_path / "beat"
+    own = open_registry(client, run_name, redis_settings.model_copy(update={"beat_file": file}))
+    own.replicas()
+    assert not file.exists(), "looking is no report"
+    own.beat("ppo", "trainer-0", {})
+    assert file.stat().st_mtime == pytest.approx(time.time(), abs=5)
+    away = redis.Redis.from_url("unix:///nowhere/redis.sock")
+    file.unlink()
+    with pytest.raises(Unavailable):
+        Registry(away, RunKeys(run_name), 1.0, timeout_s=0.1, beat_file=file).beat("ppo", "trainer-0", {})
+    assert not file.exists()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from rlhf import errors
+from rlhf.serving import server as server_module
 from rlhf.serving.client import call, call_sync, connect, connect_sync
 from rlhf.serving.server import Server, refuse_open_listening, running
 from rlhf.settings import Listen
@@ -347,3 +350,47 @@ def test_listening_beyond_loopback_needs_token_or_tls(host: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.1.2.3"])
 def test_loopback_needs_nothing(host: str) -> None:
     refuse_open_listening("reward", Listen(host=host))
+
+
+def test_the_health_of_a_service_as_a_command() -> None:
+    async def probe(address: str, service: str) -> int:
+        command = [sys.executable, "-m", "rlhf.supervisor.health", address, service]
+        process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
+        return await asyncio.wait_for(process.wait(), 30)
+
+    async def scenario() -> None:
+        async with serving() as server:
+            assert await probe(server.address, SERVICE) == 0
+            await server.set_ready(SERVICE, False)
+            assert await probe(server.address, SERVICE) == 1
+        assert await probe(server.address, SERVICE) == 1, "nobody listens any more"
+
+    asyncio.run(scenario())
+
+
+def test_the_health_command_imports_no_settings() -> None:
+    code = "import sys, rlhf.supervisor.health; sys.exit('pydantic' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_calls_do_not_notice_that_their_connection_reaches_its_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections end every now and then, so that clients resolve the name again and find new replicas."""
+    aged = [(name, 500 if name == "grpc.max_connection_age_ms" else value) for name, value in server_module._OPTIONS]
+    assert ("grpc.max_connection_age_ms", 500) in aged
+    monkeypatch.setattr(server_module, "_OPTIONS", aged)
+
+    async def scenario() -> None:
+        peers = set()
+
+        async def remember(request: Any, context: Any) -> reward_pb2.ScoreResponse:
+            peers.add(context.peer())
+            await asyncio.sleep(0.02)
+            return reward_pb2.ScoreResponse()
+
+        async with serving(remember) as server, connect(server.address, service=SERVICE) as channel:
+            stub = reward_pb2_grpc.RewardServiceStub(channel)
+            for _ in range(100):
+                await call(stub.Score, reward_pb2.ScoreRequest(), timeout_s=5)
+        assert len(peers) > 1, "the connection never changed"
+
+    asyncio.run(scenario())

@@ -1,4 +1,5 @@
 import logging
+import socket
 from pathlib import Path
 from types import NoneType
 
@@ -155,3 +156,9 @@ def test_every_setting_has_a_default_and_a_description() -> None:
         for field, info in section.model_fields.items():
             assert not info.is_required(), f"{name}.{field}"
             assert info.description, f"{name}.{field}"
+
+
+def test_a_process_without_a_name_goes_by_its_machines() -> None:
+    settings = load_settings(environment={"RLHF_POLICY_NAME": '""'}, overrides=['rollouts.consumer=""'])
+    assert settings.policy.name == settings.rollouts.consumer == socket.gethostname()
+    assert load_settings().policy.name == "policy-0"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -154,8 +155,7 @@ async def _following(server: Server, engine: Engine, changes: WeightChanges, set
         if not server.draining.is_set():
             await server.set_ready(POLICY, ready)
 
-    address = settings.policy.advertise or server.address
-    follower = Follower(registry, engine, changes, settings.policy, address, set_ready)
+    follower = Follower(registry, engine, changes, settings.policy, advertised(server, settings.policy), set_ready)
     tasks = [
         asyncio.create_task(follower.follow()),
         asyncio.create_task(follower.stay_registered(settings.redis.lease_s)),
@@ -170,6 +170,13 @@ async def _following(server: Server, engine: Engine, changes: WeightChanges, set
         await asyncio.gather(*tasks, return_exceptions=True)
         await follower.unregister()
         client.close()
+
+
+def advertised(server: Server, settings: PolicySettings) -> str:
+    """Where the trainer reaches this replica."""
+    listens_everywhere = settings.host in ("0.0.0.0", "::")
+    address = f"{socket.gethostname()}:{server.port}" if listens_everywhere else server.address
+    return settings.advertise or address
 
 
 def _watch(task: asyncio.Task[None], server: Server) -> None:

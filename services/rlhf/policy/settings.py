@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from rlhf.settings import Compute, Listen, Section
+from rlhf.settings import Compute, InstanceName, Listen, Section
 
 
 class PolicySettings(Compute, Listen):
@@ -15,10 +15,11 @@ class PolicySettings(Compute, Listen):
     """Folder of a causal language model with its tokenizer. None: the run's start model (run.model)."""
     join_run: bool = False
     """Register in Redis as a replica of the run and follow its current weights. Without it, no Redis is needed."""
-    name: str = "policy-0"
-    """Stable name of this replica."""
+    name: InstanceName = "policy-0"
+    """Stable name of this replica; given empty: the machine's host name."""
     advertise: str = ""
-    """Address under which the trainer reaches this replica; empty: host and port."""
+    """Address under which the trainer reaches this replica; empty: host and port, where it listens on every address the
+    machine's host name and port."""
     max_sequences: PositiveInt = 64
     """Sequences decoded together."""
     max_batch_tokens: PositiveInt = 16384

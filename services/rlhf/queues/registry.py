@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import redis
@@ -63,11 +64,19 @@ class Registry:
     """Safe to share between threads. Every method bears with a Redis that is away, and raises Unavailable after
     `timeout_s` of that."""
 
-    def __init__(self, client: redis.Redis, keys: RunKeys, lease_s: float, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        keys: RunKeys,
+        lease_s: float,
+        timeout_s: float = 60.0,
+        beat_file: Path | None = None,
+    ) -> None:
         self._client = client
         self._keys = keys
         self._lease_ms = round(lease_s * 1000)
         self._timeout_s = timeout_s
+        self._beat_file = beat_file
         self._advance = client.register_script(scripts.ADVANCE)
         self._lease = client.register_script(scripts.LEASE)
         self._leased = client.register_script(scripts.LEASED)
@@ -124,9 +133,12 @@ class Registry:
         return self._patiently(lambda: self._wait_for_change(deadline, seen, stop), stop)
 
     def beat(self, service: str, name: str, fields: Mapping[str, Any]) -> None:
-        """Reports the state of one process, for `rlhf status`; to be called several times per lease."""
+        """Reports the state of one process, for `rlhf status` and `redis.beat_file`; to be called several times per
+        lease."""
         value = {"service": service, "name": name, "fields": dict(fields), "unix_s": time.time()}
         self._write_leased(self._keys.beats, self._keys.beat, f"{service}/{name}", value)
+        if self._beat_file is not None:
+            self._beat_file.touch()
 
     def beats(self) -> list[Beat]:
         """Of the processes that have reported within the lease, by service and name."""
@@ -157,7 +169,7 @@ class Registry:
 
 
 def open_registry(client: redis.Redis, run: str, settings: RedisSettings) -> Registry:
-    return Registry(client, RunKeys(run), settings.lease_s, settings.connect_timeout_s)
+    return Registry(client, RunKeys(run), settings.lease_s, settings.connect_timeout_s, settings.beat_file)
 
 
 def _version_name(version: WeightVersion | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from rlhf.settings import Section
@@ -31,3 +33,6 @@ class RedisSettings(Section):
     """An entry that a consumer has held this long without renewing it goes to another consumer."""
     lease_s: float = Field(default=10.0, ge=1)
     """A policy replica that has not renewed its registration for this long counts as gone."""
+    beat_file: Path | None = None
+    """File that worker and trainer touch whenever Redis has taken their report, every second or so: its age tells a
+    health check, for next to nothing, whether they are alive. None: none."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import PositiveFloat, PositiveInt
 
-from rlhf.settings import Section
+from rlhf.settings import InstanceName, Section
 
 
 class RolloutsSettings(Section):
@@ -21,8 +21,9 @@ class RolloutsSettings(Section):
     """File with the token that the services ask for."""
     tls_ca: Path | None = None
     """PEM file with the authority that signed the services' certificates; set: connections use TLS."""
-    consumer: str = "worker-0"
-    """Stable name of this worker in the consumer group; a restarted worker takes up what it had."""
+    consumer: InstanceName = "worker-0"
+    """Stable name of this worker in the consumer group; a restarted worker takes up what it had. Given empty: the
+    machine's host name."""
     prompts_in_flight: PositiveInt = 64
     """Prompts being worked on at once, one Generate each: the policy batches them as they come."""
     generate_timeout_s: PositiveFloat = 120.0

@@ -187,13 +187,16 @@ def _options(address: str, service: str) -> list[tuple[str, Any]]:
         ("grpc.service_config", json.dumps(config)),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.keepalive_time_ms", 30_000),
+        # A replica that is frozen or cut off says nothing: after 20 s its calls fail, and are tried at another one.
+        ("grpc.keepalive_time_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         # A restarted service is to be found within seconds; gRPC's own limit on the backoff is two minutes.
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 1_000),
         ("grpc.max_reconnect_backoff_ms", 3_000),
+        # gRPC's own limit of 30 s would let a connection that has reached its age come back to the replicas of before.
+        ("grpc.dns_min_time_between_resolutions_ms", 1_000),
         ("grpc.enable_http_proxy", 0),  # a proxy for the web in the environment is none for these services
     ]
     if "," in address:

@@ -51,8 +51,8 @@ Servicer = TypeVar("Servicer")
 _OPTIONS: list[tuple[str, int]] = [
     ("grpc.so_reuseport", 0),  # two servers would share the port and halve each other's calls otherwise
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # clients ping every 30 s and are not to be cut off
-    ("grpc.max_connection_age_ms", 300_000),  # makes clients resolve the name again and find new replicas
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # clients ping every 10 s and are not to be cut off
+    ("grpc.max_connection_age_ms", 30_000),  # makes clients resolve the name again and find new replicas
 ]
 
 

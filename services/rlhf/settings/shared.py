@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rlhf.settings.section import Section
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+InstanceName = Annotated[str, AfterValidator(lambda name: name or socket.gethostname())]
+"""Stable name of one process among its like. Given empty, it is the machine's: in a container that of the container,
+which a restart keeps."""
 
 
 class Compute(Section):

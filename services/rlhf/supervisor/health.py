@@ -1,7 +1,13 @@
-"""Whether a gRPC service says of itself that it can answer (grpc.health.v1)."""
+"""Whether a gRPC service says of itself that it can answer (grpc.health.v1).
+
+    python -m rlhf.supervisor.health 127.0.0.1:7101 rlhf.v1.PolicyService
+
+ends with 0 if it does, and with 1 if not: the health check of a container. It imports grpc and no settings.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -10,6 +16,8 @@ from rlhf.errors import TransientError
 from rlhf.serving.client import call_sync, connect_sync
 
 PROBE_TIMEOUT_S = 0.5
+COMMAND_TIMEOUT_S = 3.0
+"""As a command nobody waits for it, and the machine may be busy."""
 
 
 def is_serving(address: str, service: str, *, tls_ca: Path | None = None, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
@@ -21,3 +29,8 @@ def is_serving(address: str, service: str, *, tls_ca: Path | None = None, timeou
         except TransientError:
             return False
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+if __name__ == "__main__":
+    where, name = sys.argv[1:]
+    sys.exit(0 if is_serving(where, name, timeout_s=COMMAND_TIMEOUT_S) else f"{name} at {where} is not serving")

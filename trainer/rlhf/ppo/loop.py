@@ -44,8 +44,7 @@ from rlhf.ppo.records import RunRecords
 from rlhf.ppo.setup import build_step, check_budget, check_critic_context, check_sampling
 from rlhf.ppo.source import PromptSource, TaskMaker
 from rlhf.queues.connection import connect
-from rlhf.queues.keys import RunKeys
-from rlhf.queues.registry import Registry
+from rlhf.queues.registry import open_registry
 from rlhf.queues.streams import prompts_queue, rollouts_queue
 from rlhf.settings.run import Settings
 from rlhf.wire.records import Rollout
@@ -84,7 +83,7 @@ class Trainer:
         check_critic_context(self.ppo_step, prompts, settings.sampling.max_new_tokens)
 
         client = connect(settings)
-        self.registry = Registry(client, RunKeys(settings.run.name), settings.redis.lease_s)
+        self.registry = open_registry(client, settings.run.name, settings.redis)
         hash_of_tokenizer = tokenizer_sha256(self.tokenizer)
         self.publisher = Publisher(self.registry, self.paths.weights, hash_of_tokenizer, settings.ppo)
         self.ledger = self._open_ledger()
