@@ -1,0 +1,259 @@
+"""What do new weights cost: how long does decoding pause, and how soon do all replicas serve them?
+
+- gap: 16 sequences stream from a `rlhf policy` process without a break. Now and then new weights of the same size are
+  prepared and committed. The gap is the longest time between two tokens of one sequence of those that wait for a token
+  while the Commit call runs, in decode steps: the median time between two tokens of a sequence while nothing changes.
+  The same longest time at moments without a commit stands beside it, and the extra gap is the difference.
+- publish: the trainer's own publisher, to two replicas of a run, from the end of an optimiser step until both have
+  answered Commit: file, Prepare, pointer in Redis, Commit. Idle replicas, and ones that are busy with 64 calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from harness.bench import Figure, Measured, Options, interleaved, main, percentile, say, scratch
+from harness.load import SERVICE, TIMEOUT_S, closed_loop, message
+from harness.model import Ask, asks, make_model
+from harness.servers import Served, policy_service
+from rlhf.models.causal import load_causal_lm
+from rlhf.models.tokenizer import load_tokenizer, tokenizer_sha256
+from rlhf.models.weights import write_weights
+from rlhf.ppo.publish import Publisher
+from rlhf.ppo.settings import PpoSettings
+from rlhf.queues.connection import open_client
+from rlhf.queues.keys import RunKeys
+from rlhf.queues.registry import Registry
+from rlhf.queues.settings import RedisSettings
+from rlhf.serving.client import call, call_sync, connect, connect_sync, stream
+from rlhf.supervisor.embedded_redis import EmbeddedRedis
+from rlhf.v1 import policy_pb2_grpc, weights_pb2, weights_pb2_grpc
+from rlhf.wire.messages import from_version, to_version
+from rlhf.wire.records import WeightVersion
+
+THREADS = 1
+STREAMS = 16
+RUN = "bench"
+IN_FLIGHT = {"wait": weights_pb2.IN_FLIGHT_WAIT, "keep": weights_pb2.IN_FLIGHT_KEEP}
+SETTLE_S = 0.3
+"""Around every change, so that its tokens belong to it alone."""
+
+
+def measure(options: Options) -> Measured:
+    torch.set_num_threads(THREADS)
+    with scratch() as folder:
+        parameters = make_model(folder / "model", quick=options.quick)
+        rounds = options.size(20, 2)
+        figures = _gap_figures(asyncio.run(_watch_gaps(folder, rounds)))
+        figures += _publish(options, folder)
+    setup = {
+        "parameters": parameters,
+        "streams": STREAMS,
+        "rounds": rounds,
+        "replicas": 2,
+        "dtype": "float32",
+        "seed": 0,
+    }
+    return Measured(figures, setup, {"each policy": THREADS, "trainer": THREADS})
+
+
+@dataclass
+class _Seen:
+    """What the streams and the changes left, on one clock."""
+
+    intervals: list[tuple[float, float]] = field(default_factory=list)
+    """Two consecutive tokens of one sequence."""
+    moments: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    """Begin and end of each commit by kind; "none": a moment without one."""
+    prepares: list[tuple[float, float]] = field(default_factory=list)
+
+
+async def _watch_gaps(folder: Path, rounds: int) -> _Seen:
+    seen = _Seen(moments={"none": [], "wait": [], "keep": []})
+    versions = iter(_write_versions(folder, 2 * rounds))
+    with policy_service(folder / "model", folder / "policy.log", threads=THREADS) as policy:
+        async with connect(policy.address, service=SERVICE) as channel, connect(policy.address) as control:
+            stub, weights = policy_pb2_grpc.PolicyServiceStub(channel), weights_pb2_grpc.WeightsServiceStub(control)
+            tasks = [asyncio.create_task(_stream_on(stub, number, seen)) for number in range(STREAMS)]
+            await asyncio.sleep(2 * SETTLE_S)
+            for number in range(1, rounds + 1):
+                say(f"  {number}/{rounds} none, wait, keep")
+                for kind in seen.moments:
+                    await _one_moment(kind, weights, versions, seen)
+            await asyncio.sleep(SETTLE_S)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+    return seen
+
+
+async def _one_moment(
+    kind: str,
+    weights: weights_pb2_grpc.WeightsServiceAsyncStub,
+    versions: Iterator[tuple[Path, WeightVersion]],
+    seen: _Seen,
+) -> None:
+    await asyncio.sleep(SETTLE_S)
+    if kind == "none":
+        now_s = time.perf_counter()
+        seen.moments[kind].append((now_s, now_s))
+        return
+    folder, version = next(versions)
+    began_s = time.perf_counter()
+    prepare = weights_pb2.PrepareRequest(version=to_version(version), uri=folder.as_uri())
+    await call(weights.Prepare, prepare, timeout_s=TIMEOUT_S)
+    seen.prepares.append((began_s, time.perf_counter()))
+    await asyncio.sleep(SETTLE_S)
+    began_s = time.perf_counter()
+    commit = weights_pb2.CommitRequest(version=to_version(version), in_flight=IN_FLIGHT[kind])
+    await call(weights.Commit, commit, timeout_s=TIMEOUT_S)
+    seen.moments[kind].append((began_s, time.perf_counter()))
+
+
+async def _stream_on(stub: policy_pb2_grpc.PolicyServiceAsyncStub, number: int, seen: _Seen) -> None:
+    """One sequence after the other, each of another length, so that they end at different times."""
+    for length in range(64 + 8 * number, 10**6, 8):
+        prompt = asks(1, vocab_size=300, seed=number)[0].prompt
+        request = message(Ask(prompt, 64 + length % 128, number))
+        last_s: float | None = None
+        async for event in stream(stub.GenerateStream, request, timeout_s=TIMEOUT_S):
+            now_s = time.perf_counter()
+            if event.HasField("token"):
+                if last_s is not None:
+                    seen.intervals.append((last_s, now_s))
+                last_s = now_s
+
+
+def _write_versions(folder: Path, count: int) -> list[tuple[Path, WeightVersion]]:
+    model, hash_of_tokenizer = load_causal_lm(folder / "model"), tokenizer_sha256(load_tokenizer(folder / "model"))
+    found = []
+    for step in range(1, count + 1):
+        place = folder / "versions" / f"0-{step}"
+        found.append(
+            (place, write_weights(place, model, run_id=RUN, epoch=0, step=step, tokenizer_sha256=hash_of_tokenizer))
+        )
+    return found
+
+
+def _gap_figures(seen: _Seen) -> list[Figure]:
+    changes = [span for spans in seen.moments.values() for span in spans] + seen.prepares
+    quiet = [b - a for a, b in seen.intervals if not any(a < e + SETTLE_S and b > s - 0.1 for s, e in changes)]
+    step_s = statistics.median(quiet or [b - a for a, b in seen.intervals])
+    gaps = {kind: [_longest(seen.intervals, span) / step_s for span in spans] for kind, spans in seen.moments.items()}
+    control = statistics.median(gaps["none"])
+    wait, keep = ([gap - control for gap in gaps[kind]] for kind in ("wait", "keep"))
+    after = [_typical(seen.intervals, end, end + SETTLE_S) / step_s for _, end in seen.moments["wait"]]
+    preparing = [_longest(seen.intervals, span) / step_s for span in seen.prepares]
+    return [
+        Figure("decode step, 16 streams", "ms", [1000 * step_s], headline=True),
+        Figure("decode step p99, nothing changes", "steps", [percentile(quiet or [step_s], 0.99) / step_s]),
+        Figure("longest wait for a token, no commit", "steps", gaps["none"]),
+        Figure("longest wait for a token, commit", "steps", gaps["wait"]),
+        Figure("extra gap of a commit, sequences finish on old weights", "steps", wait, at_most=1, headline=True),
+        Figure("extra gap of a commit, sequences continue on new weights", "steps", keep, headline=True),
+        Figure("decode step while old and new weights both run", "steps", after),
+        Figure("longest wait for a token during Prepare", "steps", preparing, headline=True),
+        Figure("Prepare under load", "s", [end - begin for begin, end in seen.prepares]),
+        Figure("Commit under load", "s", [end - begin for begin, end in seen.moments["wait"]]),
+    ]
+
+
+def _longest(intervals: Sequence[tuple[float, float]], span: tuple[float, float]) -> float:
+    """Of those that overlap the span."""
+    return max(b - a for a, b in intervals if a <= span[1] and b >= span[0])
+
+
+def _typical(intervals: Sequence[tuple[float, float]], begin: float, end: float) -> float:
+    return statistics.median(b - a for a, b in intervals if begin <= a and b <= end)
+
+
+def _publish(options: Options, folder: Path) -> list[Figure]:
+    model = load_causal_lm(folder / "model")
+    with _run_of_two(folder) as (replicas, publisher):
+        steps = iter(range(1, 10**6))
+
+        def publish() -> float:
+            began_s = time.perf_counter()
+            version = publisher.publish(model, RUN, 0, next(steps))
+            seconds = time.perf_counter() - began_s
+            for replica in replicas:
+                assert _current(replica) == version
+            return seconds
+
+        def write() -> float:
+            began_s = time.perf_counter()
+            write_weights(folder / "alone", model, run_id=RUN, epoch=0, step=0, tokenizer_sha256="")
+            return time.perf_counter() - began_s
+
+        publish()
+        idle = interleaved({"write alone": write, "publish, idle": publish}, options.size(10, 2))
+        with _busy(replicas, folder, options):
+            busy = interleaved({"publish, busy": publish}, options.size(10, 2))
+    return [
+        Figure("new weights on 2 replicas, idle", "s", idle["publish, idle"], headline=True),
+        Figure("new weights on 2 replicas, 64 calls in flight", "s", busy["publish, busy"], headline=True),
+        Figure("of which: writing the file", "s", idle["write alone"]),
+    ]
+
+
+@contextmanager
+def _run_of_two(folder: Path) -> Iterator[tuple[list[Served], Publisher]]:
+    redis = EmbeddedRedis(folder / "redis")
+    settings = RedisSettings(url=redis.start())
+    try:
+        with ExitStack() as stack:
+            replicas = []
+            for number in range(2):
+                own = {"policy.join_run": "true", "policy.name": f"policy-{number}", "run.name": RUN}
+                log = folder / f"joined-{number}.log"
+                joined = policy_service(
+                    folder / "model", log, threads=THREADS, settings={**own, "redis.url": settings.url}
+                )
+                replicas.append(stack.enter_context(joined))
+            registry = Registry(open_client(settings.url, settings), RunKeys(RUN), settings.lease_s)
+            hash_of_tokenizer = tokenizer_sha256(load_tokenizer(folder / "model"))
+            yield replicas, Publisher(registry, folder / "weights", hash_of_tokenizer, PpoSettings())
+    finally:
+        redis.stop()
+
+
+@contextmanager
+def _busy(replicas: Sequence[Served], folder: Path, options: Options) -> Iterator[None]:
+    """64 calls in flight, from a process of their own, for as long as the block lasts."""
+    addresses = ",".join(replica.address for replica in replicas)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        stop = folder / "enough"
+        load = pool.submit(_keep_busy, addresses, stop, options.size(64, 4))
+        time.sleep(2.0)
+        try:
+            yield
+        finally:
+            stop.touch()
+            load.result(TIMEOUT_S)
+
+
+def _keep_busy(addresses: str, stop: Path, in_flight: int) -> None:
+    seed = 0
+    while not stop.exists():
+        seed += 1
+        closed_loop(addresses, asks(2 * in_flight, vocab_size=300, seed=seed), in_flight)
+
+
+def _current(replica: Served) -> WeightVersion:
+    with connect_sync(replica.address) as channel:
+        stub = weights_pb2_grpc.WeightsServiceStub(channel)
+        return from_version(call_sync(stub.Current, weights_pb2.CurrentRequest(), timeout_s=TIMEOUT_S).current)
+
+
+if __name__ == "__main__":
+    main("weights", "How long do new weights pause decoding, and how soon do all replicas serve them?", measure)
