@@ -33,6 +33,9 @@ test: setup ## the suite that needs nothing but pip
 test-system: setup ## the tests that need more than pip: Debian's redis-server
 	$(BIN)/pytest -m system
 
+bench: setup ## what it costs, measured: about a quarter of an hour; BENCH="generation weights" runs these alone
+	@$(BIN)/python benchmarks/run_all.py $(BENCH)
+
 check: setup ## format, lint, types, layout and import directions
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -51,4 +54,4 @@ clean: ## remove .venv, caches and generated code; runs/ stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f protos/rlhf/v1/*_pb2*
 
-.PHONY: help setup demo test test-system check format protos clean
+.PHONY: help setup demo test test-system bench check format protos clean
