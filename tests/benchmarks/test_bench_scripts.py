@@ -1,0 +1,72 @@
+"""Every benchmark at sizes at which nothing is measured: it runs, compares equal work, and leaves every figure."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from table import NAMES, everything, headlines, load
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+MAY_BE_NEGATIVE = "extra gap"
+MAY_BE_ZERO = ("computed by", "Redis' CPU", "the client's cores")
+"""CPU seconds come in ticks of 10 ms."""
+SOME_FIGURES = {
+    "generation": {
+        "policy service / transformers generate",
+        "open loop at 90% of capacity: latency p95",
+        "open loop at 25% of capacity: time to first token p50",
+    },
+    "scaling": {"2 replicas / 1 replica", "engine, batch of 1", "engine, batch of 64"},
+    "transport": {"gRPC and Redis / PPO step", "computed by worker"},
+    "weights": {
+        "extra gap of a commit, sequences finish on old weights",
+        "new weights on 2 replicas, 64 calls in flight",
+    },
+    "queues": {"4 KiB: both at once", "64 KiB: Redis' peak memory", "64 KiB: refused, stream full"},
+    "memory": {f"{name}: share of memory at most" for name in ("policy-0", "reward", "reference", "worker-0", "ppo")},
+}
+
+
+def test_every_benchmark_is_tried():
+    assert set(SOME_FIGURES) == set(NAMES)
+    assert all((BENCHMARKS / f"{name}.py").exists() for name in NAMES)
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_runs_and_leaves_its_figures(name, tmp_path):
+    result = run(name, tmp_path)
+    figures = {figure["name"]: figure for figure in result["figures"]}
+    assert SOME_FIGURES[name] <= set(figures)
+    for figure in result["figures"]:
+        assert figure["min"] <= figure["median"] <= figure["max"]
+        assert figure["unit"]
+        assert all(plausible(figure["name"], value) for value in figure["values"]), figure
+    assert result["quick"]
+    assert result["threads"]
+    assert result["setup"]
+    assert {"cpu", "cores", "memory_gib", "os", "python", "versions", "date", "commit"} == set(result["machine"])
+    if name in ("generation", "scaling"):
+        assert len(set(result["checks"]["tokens"].values())) == 1
+    assert name in headlines(load(tmp_path))
+    assert all(figure in everything(load(tmp_path)) for figure in figures)
+
+
+def run(name, out):
+    command = [sys.executable, BENCHMARKS / f"{name}.py", "--quick", "--out", out]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=270, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((out / f"{name}.json").read_text())
+
+
+def plausible(name, value):
+    if name.startswith(MAY_BE_NEGATIVE):
+        return math.isfinite(value)
+    return math.isfinite(value) and (value > 0 or (value == 0 and any(part in name for part in MAY_BE_ZERO)))
