@@ -67,6 +67,11 @@ class Row:
         return value
 
 
+def is_data_file(source: str | Path) -> bool:
+    """Whether this is the place of data, there or not, rather than the name of something else."""
+    return Path(source).exists() or str(source).endswith(_SUFFIXES)
+
+
 def read_rows(source: str | Path) -> Iterator[Row]:
     """Rows of a file, of all files in a folder in order of name, or of a Hugging Face dataset.
 

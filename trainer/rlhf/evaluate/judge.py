@@ -1,4 +1,4 @@
-"""The judge: what progress is measured by. It shares nothing with the annotators and the reward model.
+"""The judge: what progress is measured by. It shares no data with the annotators and the reward model.
 
 Either a classifier of words and word pairs, fitted from labelled texts when evaluation starts, or a person's own rule.
 """
@@ -8,23 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.feature_extraction.text import CountVectorizer  # type: ignore[import-untyped]
-from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
-from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
-from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
 
-from rlhf.data.rows import Row, read_rows
-from rlhf.errors import DataError
+from rlhf.data.rows import is_data_file
+from rlhf.data.sentiment import SentimentClassifier
 from rlhf.reward.rules import Rule, ScoreItem, load_rule
-
-LABELS = ("negative", "positive")
-_HELDOUT_FRACTION = 0.2
-_FEWEST = 10
-_DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 Scores = NDArray[np.float64]
 
@@ -42,41 +33,18 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class ClassifierJudge:
-    """Probability that a text is positive: logistic regression on counts of words and word pairs."""
+    """Probability that a text is positive."""
 
     name: str
-    pipeline: Any
-    heldout_accuracy: float
+    classifier: SentimentClassifier
 
-    @classmethod
-    def fit(cls, source: str | Path, seed: int) -> Self:
-        """Fits on four fifths of the labelled rows; the rest gives `heldout_accuracy`.
-
-        Raises:
-            DataError: a row without `text` or a known `label`, or fewer than 10 rows of a label.
-        """
-        rows = list(read_rows(source))
-        texts, labels = [row.text("text") for row in rows], [_label(row) for row in rows]
-        for label, name in enumerate(LABELS):
-            if labels.count(label) < _FEWEST:
-                raise DataError(f"has {labels.count(label)} {name} texts; a judge needs {_FEWEST}", path=source)
-        fit_texts, heldout_texts, fit_labels, heldout_labels = train_test_split(
-            texts, labels, test_size=_HELDOUT_FRACTION, random_state=seed, stratify=labels
-        )
-        # One-letter words such as "I" count; scikit-learn's own pattern drops them.
-        counts = CountVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b")
-        pipeline = make_pipeline(counts, LogisticRegression(max_iter=1000))
-        pipeline.fit(fit_texts, fit_labels)
-        return cls(str(source), pipeline, float(pipeline.score(heldout_texts, heldout_labels)))
-
-    def score(self, texts: Sequence[str]) -> Scores:
-        """P(positive), [N]."""
-        probabilities: Scores = self.pipeline.predict_proba(list(texts))[:, 1]
-        return probabilities
+    @property
+    def heldout_accuracy(self) -> float:
+        return self.classifier.heldout_accuracy
 
     def judge(self, items: Sequence[ScoreItem]) -> Scores:
         """Of prompt and completion together, as the labelled texts are whole ones."""
-        return self.score([item.prompt + item.completion for item in items])
+        return self.classifier.probabilities([item.prompt + item.completion for item in items])
 
 
 @dataclass(frozen=True)
@@ -95,14 +63,11 @@ class RuleJudge:
 
 
 def load_judge(source: str | Path, seed: int) -> Judge:
-    """A classifier fitted from a data file, or the rule of that name."""
-    if Path(source).exists() or str(source).endswith(_DATA_SUFFIXES):
-        return ClassifierJudge.fit(source, seed)
+    """A classifier fitted from a data file, or the rule of that name.
+
+    Raises:
+        DataError, RuleError: see `SentimentClassifier.fit` and `load_rule`.
+    """
+    if is_data_file(source):
+        return ClassifierJudge(str(source), SentimentClassifier.fit(source, seed))
     return RuleJudge(load_rule(str(source)))
-
-
-def _label(row: Row) -> int:
-    label = row.text("label")
-    if label not in LABELS:
-        raise row.error(f'field "label" must be "positive" or "negative", not {label!r:.40}')
-    return LABELS.index(label)
