@@ -181,7 +181,7 @@ def test_fresh_refuses_a_folder_that_is_no_run(tmp_path: Path, ran: Callable[[],
 
 def test_every_stage_has_its_outputs_in_the_run_folder(tmp_path: Path) -> None:
     paths = settings_of(tmp_path).paths
-    for stage in ("world", "pretrain", "sft", "sample", "rank", "reward-model", "ppo", "evaluate", "report"):
+    for stage in ("data", "world", "pretrain", "sft", "sample", "rank", "reward-model", "ppo", "evaluate", "report"):
         assert all(path.is_relative_to(paths.folder) and path != paths.folder for path in outputs(stage, paths))
         assert BY_NAME[stage].kind == "stage"
 

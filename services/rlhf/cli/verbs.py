@@ -34,6 +34,13 @@ class Verb:
 VERBS: tuple[Verb, ...] = (
     Verb("demo", "rlhf.supervisor.pipeline", "run", "all three steps in a small synthetic world", "run"),
     Verb("run", "rlhf.supervisor.pipeline", "run", "all stages of CONFIG under a local supervisor", "run"),
+    Verb(
+        "data",
+        "rlhf.data.split",
+        "stage",
+        "split a folder of real texts into texts, prompts and labelled texts",
+        "data",
+    ),
     Verb("world", "rlhf.data.world", "stage", "write the demo's synthetic texts and prompts", "world"),
     Verb("pretrain", "rlhf.sft.pretrain", "stage", "step 1: train a language model on texts", "pretrain"),
     Verb("sft", "rlhf.sft.finetune", "stage", "step 1: fine-tune on demonstrations", "sft"),

@@ -38,6 +38,16 @@ class RunPaths:
         return self.folder / "data" / "heldout_prompts.jsonl"
 
     @property
+    def validation_prompts(self) -> Path:
+        """JSONL of `{"prompt", …}` to choose settings by: of held-out texts, but none of `heldout_prompts`."""
+        return self.folder / "data" / "validation_prompts.jsonl"
+
+    @property
+    def annotators_labelled(self) -> Path:
+        """JSONL of `{"text", "label"}` from which the taste of simulated annotators is fitted; none of `labelled`."""
+        return self.folder / "data" / "annotators_labelled.jsonl"
+
+    @property
     def labelled(self) -> Path:
         """JSONL of `{"text", "label"}` from which the judge is fitted."""
         return self.folder / "data" / "labelled.jsonl"
@@ -56,6 +66,16 @@ class RunPaths:
     def samples(self) -> Path:
         """Step 2: JSONL, one prompt with K completions a row."""
         return self.folder / "samples.jsonl"
+
+    @property
+    def heldout_samples(self) -> Path:
+        """Step 2: the same of held-out prompts."""
+        return self.folder / "heldout_samples.jsonl"
+
+    @property
+    def heldout_comparisons(self) -> Path:
+        """Step 2: JSONL, the simulated annotators' noise-free ranking of the completions of a held-out prompt a row."""
+        return self.folder / "heldout_comparisons.jsonl"
 
     @property
     def comparisons(self) -> Path:

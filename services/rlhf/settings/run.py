@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf.data.settings import WorldSettings
+from rlhf.data.settings import DataSettings, WorldSettings
 from rlhf.evaluate.settings import EvaluateSettings
 from rlhf.policy.settings import PolicySettings, SampleSettings, SamplingSettings
 from rlhf.ppo.settings import CriticSettings, KlSettings, PpoSettings
@@ -24,6 +24,8 @@ class Settings(Section):
     """The run as a whole."""
     redis: RedisSettings = RedisSettings()
     """Connection and streams."""
+    data: DataSettings = DataSettings()
+    """Real texts."""
     world: WorldSettings = WorldSettings()
     """The synthetic world of the demo."""
     pretrain: PretrainSettings = PretrainSettings()

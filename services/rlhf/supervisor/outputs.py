@@ -15,11 +15,15 @@ from rlhf.settings.run import Settings
 def outputs(stage: str, paths: RunPaths) -> Sequence[Path]:
     """Files and folders, the stage's record first: without it nothing that is left counts as a result."""
     own: dict[str, Sequence[Path]] = {
+        "data": [
+            *(paths.texts, paths.heldout_texts, paths.prompts, paths.heldout_prompts, paths.validation_prompts),
+            *(paths.annotators_labelled, paths.labelled),
+        ],
         "world": [paths.texts, paths.heldout_texts, paths.prompts, paths.heldout_prompts, paths.labelled],
         "pretrain": _trained(paths.pretrained),
         "sft": _trained(paths.sft),
-        "sample": [paths.samples],
-        "rank": [paths.comparisons],
+        "sample": [paths.samples, paths.heldout_samples],
+        "rank": [paths.comparisons, paths.heldout_comparisons],
         "reward-model": _trained(paths.reward_model),
         "ppo": [
             *(paths.checkpoints, paths.weights, paths.redis, paths.policy, paths.metrics, paths.trained),

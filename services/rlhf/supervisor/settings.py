@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from rlhf.settings import Section
 
-Stage = Literal["world", "pretrain", "sft", "sample", "rank", "reward-model", "ppo", "evaluate", "report"]
+Stage = Literal["data", "world", "pretrain", "sft", "sample", "rank", "reward-model", "ppo", "evaluate", "report"]
 
 
 class RunSettings(Section):
