@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rlhf.data.rows import write_rows
 from rlhf.data.samples import read_samples
 from rlhf.errors import DataError, RequestError
 from rlhf.models.causal import weights_sha256
@@ -46,6 +47,21 @@ def test_samples_of_every_prompt_are_written_with_their_metadata(tmp_path: Path)
     again = tmp_path / "again.jsonl"
     run(settings(tmp_path, limit=2, out=again))
     assert again.read_text() == (tmp_path / "r" / "samples.jsonl").read_text()
+
+
+def test_held_out_prompts_are_completed_apart_and_only_on_request(tmp_path: Path) -> None:
+    tiny_lm_folder(tmp_path / "r" / "pretrained")
+    write_rows(tmp_path / "r" / "data" / "prompts.jsonl", [{"prompt": "A fine"}, {"prompt": "The plot"}])
+    heldout = tmp_path / "r" / "data" / "heldout_prompts.jsonl"
+    write_rows(heldout, [{"prompt": f"Unseen {n}"} for n in range(5)])
+    figures = run(settings(tmp_path, heldout_limit=3))
+    written = read_samples(tmp_path / "r" / "heldout_samples.jsonl")
+    assert [(s.prompt_index, s.prompt) for s in written] == [(n, f"Unseen {n}") for n in range(3)]
+    assert {len(s.completions) for s in written} == {3}
+    assert [s.prompt for s in read_samples(tmp_path / "r" / "samples.jsonl")] == ["A fine", "The plot"]
+    assert figures["prompts"] == 5
+    run(settings(tmp_path))
+    assert not (tmp_path / "r" / "heldout_samples.jsonl").exists()
 
 
 def test_a_bad_row_of_prompts_is_named(tmp_path: Path) -> None:

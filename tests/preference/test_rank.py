@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from rlhf.data.judgments import read_judgments
+from rlhf.data.rows import write_rows
 from rlhf.data.samples import Sampled, SampledCompletion, write_samples
 from rlhf.errors import DataError
 from rlhf.preference.rank import run
@@ -135,3 +136,28 @@ def test_the_worlds_taste_is_a_utility(tmp_path: Path) -> None:
     write_samples(chosen.paths.samples, [sampled(0, texts)])
     run(chosen)
     assert read_judgments(chosen.paths.comparisons)[0].ranks == (2, 1)
+
+
+def test_held_out_completions_are_ranked_without_noise(tmp_path: Path) -> None:
+    chosen = settings(tmp_path, reliabilities=(0.6,))
+    run(chosen)
+    assert not chosen.paths.heldout_comparisons.exists()
+    rows = [sampled(index, [f"{(index * 7 + k * 3) % 10}" for k in range(4)]) for index in range(50)]
+    write_samples(chosen.paths.heldout_samples, rows)
+    assert run(chosen)["judgments"] == 300
+    judgments = read_judgments(chosen.paths.heldout_comparisons)
+    assert len(judgments) == 50
+    for judgment in judgments:
+        assert judgment.annotator == "noise-free"
+        values = [float(text) for text in judgment.completions]
+        assert judgment.ranks == tuple(1 + sum(other > own for other in values) for own in values)
+
+
+def test_a_taste_is_learnt_from_labelled_texts(tmp_path: Path) -> None:
+    chosen = settings(tmp_path, utility="", reliabilities=(1.0,))
+    words = {"awful": "negative", "fine": "positive"}
+    rows = [{"text": f"film {n} is {word}", "label": words[word]} for n in range(30) for word in words]
+    write_rows(chosen.paths.annotators_labelled, rows)
+    write_samples(chosen.paths.samples, [sampled(n, [" is fine", " is awful", " is"]) for n in range(3)])
+    run(chosen)
+    assert {judgment.ranks for judgment in read_judgments(chosen.paths.comparisons)} == {(1, 3, 2)}

@@ -84,6 +84,25 @@ def test_reward_model_learns_the_taste_and_is_normalised_on_its_reference_set(tm
     assert not folder.with_name("reward-model.training").exists()
 
 
+def test_noise_free_judgments_of_held_out_prompts_give_an_accuracy_of_their_own(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, judgments(), epochs=3)
+    upside_down = [replace(each, ranks=tuple(5 - rank for rank in each.ranks)) for each in judgments(40)]
+    upside_down = [replace(each, ranks=tuple(r - min(each.ranks) + 1 for r in each.ranks)) for each in upside_down]
+    write_judgments(settings.paths.heldout_comparisons, upside_down)
+    figures = training.run(settings)
+    assert figures["reward_model_accuracy"] > 0.9
+    assert figures["noise_free_reward_model_accuracy"] < 0.1
+    assert 0.3 < figures["noise_free_length_only_accuracy"] < 0.7
+    ordered = sum(a != b for each in upside_down for i, a in enumerate(each.ranks) for b in each.ranks[:i])
+    assert figures["noise_free_pairs"] == ordered
+
+
+def test_noise_free_judgments_that_were_asked_for_must_be_there(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, judgments(), heldout_comparisons=tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
+        training.run(settings)
+
+
 def test_interrupted_training_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = judgments(40)
     whole = tiny_settings(tmp_path / "a", rows, checkpoint_every=2)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,33 +34,47 @@ UNNAMED = WeightVersion("", 0, 0, "")
 
 
 def run(settings: Settings) -> Mapping[str, Any]:
-    """Writes `sample.completions` completions of each prompt to the run's samples.
+    """Writes `sample.completions` completions of each prompt to the run's samples, and those of held-out prompts apart.
 
     Raises:
         DataError, ModelError, StorageError: see the readers and writers.
     """
-    sample = settings.sample
+    sample, paths = settings.sample, settings.paths
     set_threads(sample.threads)
+    prompts = read_prompts(sample.prompts or paths.prompts, sample.limit)
+    heldout = _heldout_prompts(settings)
+    out = sample.out or paths.samples
+    began = time.monotonic()
+    samples = _sample(settings, prompts, heldout)
+    figures = _figures(out, samples, time.monotonic() - began)
+    write_samples(out, samples[: len(prompts)])
+    paths.heldout_samples.unlink(missing_ok=True)
+    if heldout:
+        write_samples(paths.heldout_samples, samples[len(prompts) :])
+    return figures
+
+
+def _heldout_prompts(settings: Settings) -> list[Prompt]:
+    limit = settings.sample.heldout_limit
+    return read_prompts(settings.sample.heldout_prompts or settings.paths.heldout_prompts, limit) if limit else []
+
+
+def _sample(settings: Settings, *parts: Sequence[Prompt]) -> list[Sampled]:
+    """Of all parts at once, end to end; a prompt's index is its place in its own part."""
+    sample, prompts = settings.sample, list(chain(*parts))
     folder = sample.model or start_model(settings)
     tokenizer = load_tokenizer(folder)
     model = load_causal_lm(folder, device=sample.device, dtype=sample.dtype)
-    prompts = read_prompts(sample.prompts or settings.paths.prompts, sample.limit)
     sampling, stopping = sampling_of(settings.sampling, sample.completions, sample.seed)
     version = WeightVersion("", 0, 0, weights_sha256(folder))
-    began = time.monotonic()
+    encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     with progress("sample", total=len(prompts) * sample.completions, unit="completions") as bar:
-        answers = generate(
-            model,
-            tokenizer,
-            [encode_prompt(prompt, tokenizer) for prompt in prompts],
-            sampling,
-            stopping,
-            version=version,
-            on_finished=bar.advance,
-        )
-    out = sample.out or settings.paths.samples
-    write_samples(out, _rows(prompts, answers, sampling, version))
-    return _figures(out, answers, time.monotonic() - began)
+        answers = generate(model, tokenizer, encoded, sampling, stopping, version=version, on_finished=bar.advance)
+    indices = chain(*(range(len(part)) for part in parts))
+    return [
+        Sampled(index, prompt.text, prompt.metadata, tuple(map(_sampled, completions)), sampling, version)
+        for index, prompt, completions in zip(indices, prompts, answers, strict=True)
+    ]
 
 
 def generate(
@@ -147,14 +162,6 @@ def _completion(finished: Finished, request: GenerationRequest) -> Completion:
     )
 
 
-def _rows(
-    prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]], sampling: Sampling, version: WeightVersion
-) -> Iterator[Sampled]:
-    for index, (prompt, completions) in enumerate(zip(prompts, answers, strict=True)):
-        sampled = tuple(_sampled(completion) for completion in completions)
-        yield Sampled(index, prompt.text, prompt.metadata, sampled, sampling, version)
-
-
 def _sampled(completion: Completion) -> SampledCompletion:
     if completion.logprobs is None:
         raise ModelError("samples are written with their log-probs, and these have none")
@@ -167,13 +174,13 @@ def _sampled(completion: Completion) -> SampledCompletion:
     )
 
 
-def _figures(out: Path, answers: Sequence[Sequence[Completion]], seconds: float) -> dict[str, Any]:
-    completions = [completion for group in answers for completion in group]
+def _figures(out: Path, samples: Sequence[Sampled], seconds: float) -> dict[str, Any]:
+    completions = [completion for sampled in samples for completion in sampled.completions]
     tokens = sum(len(completion.token_ids) for completion in completions)
     ended = sum(completion.finish_reason.ended for completion in completions)
     return {
         "out": str(out),
-        "prompts": len(answers),
+        "prompts": len(samples),
         "completions": len(completions),
         "tokens": tokens,
         "ended_share": ended / max(1, len(completions)),

@@ -69,11 +69,15 @@ class SampleSettings(Compute):
     """Folder of a causal language model. None: the run's start model (run.model)."""
     prompts: Path | None = None
     """JSONL or Parquet of prompts. None: the run's data/prompts.jsonl."""
+    heldout_prompts: Path | None = None
+    """The same, to check the reward model with. None: the run's data/heldout_prompts.jsonl."""
     out: Path | None = None
     """JSONL to write. None: the run's samples.jsonl."""
     completions: PositiveInt = 4
     """Completions per prompt."""
     limit: NonNegativeInt = 0
     """Take this many prompts from the start of the file; 0: all."""
+    heldout_limit: NonNegativeInt = 0
+    """Complete this many held-out prompts too, into the run's heldout_samples.jsonl; 0: none."""
     seed: NonNegativeInt = 0
     """Seed of the first completion; every other one has its own, counted on from it."""

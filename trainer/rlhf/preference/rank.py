@@ -6,6 +6,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,51 +16,78 @@ from rlhf.data.samples import Sampled, read_samples
 from rlhf.errors import DataError
 from rlhf.preference.annotators import Annotator, Utilities, noise_scale_for, pair_differences, ranks_of
 from rlhf.preference.settings import RankSettings
-from rlhf.reward.rules import Rule, ScoreItem, load_rule
+from rlhf.preference.utility import Utility, load_utility
+from rlhf.reward.rules import ScoreItem
+from rlhf.settings.paths import RunPaths
 from rlhf.settings.run import Settings
 
 _log = logging.getLogger(__name__)
 
 
+NOISE_FREE = Annotator("noise-free", 0.0)
+
+
 def run(settings: Settings) -> Mapping[str, Any]:
     """Ranks every prompt's completions, writes the judgments and returns their figures.
+
+    Completions of held-out prompts are ranked without noise, to a file of their own.
 
     Raises:
         DataError: no samples, a prompt with a single completion, or completions that the utility cannot tell apart.
         RuleError: the utility cannot be loaded, or answers nonsense.
     """
-    rank = settings.rank
-    source = rank.samples or settings.paths.samples
-    samples = read_samples(source)
-    if any(len(sampled.completions) < 2 for sampled in samples):
-        raise DataError(
-            "has a prompt with a single completion, which cannot be ranked; sample two or more", path=source
-        )
-    utilities = utilities_of(load_rule(rank.utility), samples)
+    rank, paths = settings.rank, settings.paths
+    source = rank.samples or paths.samples
+    utility = load_utility(rank.utility or paths.annotators_labelled, rank.seed)
+    samples, utilities = _seen(source, utility)
     differences = pair_differences(utilities)
-    if not len(differences):
-        raise DataError(f"{rank.utility} gives all completions of each prompt the same utility", path=source)
     annotators = [
         Annotator(f"simulated-{number}", noise_scale_for(reliability, differences))
         for number, reliability in enumerate(rank.reliabilities)
     ]
     judgments = list(judge_all(samples, utilities, annotators, rank))
-    out = rank.out or settings.paths.comparisons
+    out = rank.out or paths.comparisons
     write_judgments(out, judgments)
     _log.info("wrote %d judgments to %s", len(judgments), out)
+    _rank_heldout(paths, utility)
     return figures(judgments, samples, utilities)
 
 
-def utilities_of(rule: Rule, samples: Sequence[Sampled]) -> list[Utilities]:
+def _rank_heldout(paths: RunPaths, utility: Utility) -> None:
+    paths.heldout_comparisons.unlink(missing_ok=True)
+    if paths.heldout_samples.exists():
+        samples, utilities = _seen(paths.heldout_samples, utility)
+        rng = np.random.default_rng(0)
+        judgments = [_judge(s, true, NOISE_FREE, 0.0, rng) for s, true in zip(samples, utilities, strict=True)]
+        write_judgments(paths.heldout_comparisons, judgments)
+
+
+def _seen(source: str | Path, utility: Utility) -> tuple[list[Sampled], list[Utilities]]:
+    """Samples that can be ranked, and the utilities of their completions, [K] per prompt.
+
+    Raises:
+        DataError: they cannot.
+    """
+    samples = read_samples(source)
+    if any(len(sampled.completions) < 2 for sampled in samples):
+        raise DataError(
+            "has a prompt with a single completion, which cannot be ranked; sample two or more", path=source
+        )
+    utilities = utilities_of(utility, samples)
+    if not len(pair_differences(utilities)):
+        raise DataError("rank.utility gives all completions of each prompt the same utility", path=source)
+    return samples, utilities
+
+
+def utilities_of(utility: Utility, samples: Sequence[Sampled]) -> list[Utilities]:
     """[K] per prompt."""
     items = [
         ScoreItem(sampled.prompt, completion.text, completion.token_ids, sampled.metadata)
         for sampled in samples
         for completion in sampled.completions
     ]
-    scores = np.asarray(rule.score(items), dtype=np.float64)
     ends = np.cumsum([len(sampled.completions) for sampled in samples])
-    return np.split(scores, ends[:-1])
+    return np.split(utility(items), ends[:-1])
 
 
 def judge_all(

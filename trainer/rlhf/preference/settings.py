@@ -15,7 +15,9 @@ class RankSettings(Section):
     out: Path | None = None
     """JSONL to write, one judgment a row. None: the run's comparisons.jsonl."""
     utility: str = "rlhf.data.world:annotators_taste"
-    """What the annotators care about, as `module:function` with a reward rule's signature."""
+    """What the annotators care about: `module:function` with a reward rule's signature; or JSONL of {"text", "label"}
+    (positive or negative), for the log-odds of a classifier that is fitted from it. Empty: the run's
+    data/annotators_labelled.jsonl."""
     reliabilities: tuple[float, ...] = (0.95, 0.85, 0.7)
     """One annotator each: the probability of ordering two completions as the utility does, averaged over the pairs."""
     judgments_per_prompt: PositiveInt = 1
@@ -42,6 +44,9 @@ class RankSettings(Section):
 class RewardModelSettings(Compute, Optimisation):
     comparisons: Path | None = None
     """JSONL of judgments. None: the run's comparisons.jsonl."""
+    heldout_comparisons: Path | None = None
+    """Judgments without noise of prompts of which none is in `comparisons`, for one more accuracy. None: the run's
+    heldout_comparisons.jsonl, if there is one."""
     init_from: Path | None = None
     """Causal language model whose trunk the reward model starts from. None: the run's start model (run.model)."""
     out: Path | None = None

@@ -33,6 +33,7 @@ from rlhf.sft.batches import batches_per_epoch, shuffled_batches
 from rlhf.sft.loop import Job, Trained, autocast, remove_training_state, state_folder_of, train
 
 REFERENCE_SET_SIZE = 512
+_NOISE_FREE = ("reward_model_accuracy", "length_only_accuracy", "pairs")
 
 
 def run(settings: Settings) -> Mapping[str, Any]:
@@ -52,10 +53,14 @@ def run(settings: Settings) -> Mapping[str, Any]:
     comparisons = encode(read_judgments(source), tokenizer, max_length, source, context)
     training, heldout = split_by_prompt(comparisons, section.heldout_fraction, section.seed)
     _check_ordered(source, training, heldout)
+    noise_free = _noise_free(settings, tokenizer, max_length, context)
     trained = train(_job(settings, model.train(), training, pad_token_id(tokenizer), out))
     model.eval()
     reference = reference_set(training, section.seed)
     figures = _evaluate(model, tokenizer, training, heldout, section)
+    if noise_free:
+        measured = _evaluate(model, tokenizer, training, noise_free, section)
+        figures |= {f"noise_free_{name}": measured[name] for name in _NOISE_FREE}
     _normalise(model, tokenizer, reference, section)
     model.facts = {
         "reference_set_sha256": hashlib.sha256(json.dumps(reference).encode()).hexdigest(),
@@ -65,6 +70,16 @@ def run(settings: Settings) -> Mapping[str, Any]:
     model.save(out, tokenizer, [{"prompt": prompt, "completion": completion} for prompt, completion in reference])
     remove_training_state(state_folder_of(out))
     return figures | _counts(trained, training, heldout) | {"mean": model.mean, "std": model.std}
+
+
+def _noise_free(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, max_length: int, context: int | None
+) -> list[Comparison]:
+    """Of prompts that `comparisons` does not have; empty if there are none."""
+    source = settings.reward_model.heldout_comparisons or settings.paths.heldout_comparisons
+    if settings.reward_model.heldout_comparisons is None and not source.exists():
+        return []
+    return encode(read_judgments(source), tokenizer, max_length, source, context)
 
 
 def reference_set(training: Sequence[Comparison], seed: int) -> list[tuple[str, str]]:
@@ -127,6 +142,7 @@ def _evaluate(
         "reward_model_accuracy": accuracy(margins),
         "length_only_accuracy": length_accuracy,
         "length_rule": length_rule,
+        "pairs": len(margins),
         **calibration_figures(margins),
     }
 
