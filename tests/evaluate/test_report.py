@@ -23,8 +23,10 @@ from rlhf.supervisor.settings import RunSettings
 
 FIGURES = {
     "prompts": 9,
-    **{f"{name}_before": 0.5 for name in ("reward", "judge", "ended", "response_tokens", "distinct_bigrams")},
-    **{f"{name}_after": 0.875 for name in ("reward", "judge", "ended", "response_tokens", "distinct_bigrams")},
+    **{f"{name}_before": 0.5 for name in ("reward", "judge", "ended", "response_tokens", "distinct_bigram_share")},
+    **{f"{name}_after": 0.875 for name in ("reward", "judge", "ended", "response_tokens", "distinct_bigram_share")},
+    "distinct_bigrams_before": 2000,
+    "distinct_bigrams_after": 1500,
     **{f"{name}_gain": 0.375 for name in ("reward", "judge")},
     **{f"{name}_interval": [-0.25, 0.625] for name in ("reward_gain", "judge_gain", "kl")},
     "kl": 3.25,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlhf.evaluate.statistics import bootstrap_interval, distinct_bigrams
+from rlhf.evaluate.statistics import Bigrams, bigrams, bootstrap_interval
 
 
 def test_an_interval_is_what_theory_says_of_a_large_sample() -> None:
@@ -34,8 +34,9 @@ def test_equal_values_have_no_width() -> None:
     assert bootstrap_interval([0.0] * 9, seed=0) == (0.0, 0.0)
 
 
-def test_distinct_bigrams_count_within_and_across_texts() -> None:
-    assert distinct_bigrams(["a b c", "a b d"]) == pytest.approx(3 / 4)
-    assert distinct_bigrams(["a a a a"]) == pytest.approx(1 / 3)
-    assert distinct_bigrams(["The end", "the END"]) == pytest.approx(1 / 2)
-    assert distinct_bigrams(["one", ""]) == 0.0
+def test_bigrams_are_counted_within_and_across_texts() -> None:
+    assert bigrams(["a b c", "a b d"]) == Bigrams(distinct=3, total=4)
+    assert bigrams(["a a a a"]) == Bigrams(distinct=1, total=3)
+    assert bigrams(["The end", "the END"]) == Bigrams(distinct=1, total=2)
+    assert bigrams(["The end", "the END"]).distinct_share == 0.5
+    assert bigrams(["one", ""]).distinct_share == 0.0

@@ -15,12 +15,16 @@ from rlhf.settings.run import Settings
 
 FIGURES: dict[str, tuple[str, ...]] = {
     "pretrain": ("lm_perplexity_before", "lm_perplexity", "bigram_perplexity"),
-    "reward-model": ("reward_model_accuracy", "length_only_accuracy"),
+    "reward-model": (
+        *("reward_model_accuracy", "length_only_accuracy"),
+        *("noise_free_reward_model_accuracy", "noise_free_length_only_accuracy"),
+    ),
     "ppo": ("steps", "rollouts", "stale", "dead"),
     "evaluate": (
         *("prompts", "reward_before", "reward_before_interval", "reward_after", "reward_after_interval"),
         *("judge_before", "judge_before_interval", "judge_after", "judge_after_interval"),
         *("judge_gain", "judge_gain_interval", "kl", "kl_interval"),
+        *("distinct_bigrams_before", "distinct_bigrams_after"),
     ),
 }
 """By stage, the figures of its record that the summary takes over."""
@@ -84,9 +88,10 @@ def _rows(summary: Mapping[str, Any]) -> Iterable[tuple[str, str, str, str]]:
         before, bigram = summary.get("lm_perplexity_before"), summary.get("bigram_perplexity")
         compare = "" if bigram is None else f"bigrams {bigram:.1f}"
         yield "perplexity", _number(before, 1), _number(summary["lm_perplexity"], 1), compare
-    if "reward_model_accuracy" in summary:
-        compare = f"length alone {_number(summary.get('length_only_accuracy'), 3)}"
-        yield "reward accuracy", "", _number(summary["reward_model_accuracy"], 3), compare
+    for prefix, label in (("", "reward accuracy"), ("noise_free_", "  without noise")):
+        if f"{prefix}reward_model_accuracy" in summary:
+            compare = f"length alone {_number(summary.get(f'{prefix}length_only_accuracy'), 3)}"
+            yield label, "", _number(summary[f"{prefix}reward_model_accuracy"], 3), compare
     for name, label in (("reward", "reward"), ("judge", "judge")):
         if f"{name}_after" in summary:
             gain = summary.get(f"{name}_gain_interval")
@@ -94,6 +99,9 @@ def _rows(summary: Mapping[str, Any]) -> Iterable[tuple[str, str, str, str]]:
             yield label, _with_interval(summary, f"{name}_before"), _with_interval(summary, f"{name}_after"), compare
     if "kl" in summary:
         yield "KL (nats)", "", _with_interval(summary, "kl"), ""
+    if "distinct_bigrams_after" in summary:
+        before, after = summary["distinct_bigrams_before"], summary["distinct_bigrams_after"]
+        yield "distinct bigrams", str(before), str(after), f"{after / before:.0%}" if before else ""
     if "rollouts" in summary:
         yield "rollouts", "", str(summary["rollouts"]), ""
 

@@ -8,7 +8,8 @@ Figures, of which `<name>_interval` is the 95 % bootstrap interval [low, high] o
     kl                                          nats per completion, KL(after ‖ before), estimated from after's samples
     response_tokens_before, _after              mean length, the end token included
     ended_before, _after                        share of the responses that the policy ended itself
-    distinct_bigrams_before, _after             see `rlhf.evaluate.statistics`
+    distinct_bigrams_before, _after             number of different word pairs
+    distinct_bigram_share_before, _after        their share of all; see `rlhf.evaluate.statistics`
     prompts                                     number of pairs
 """
 
@@ -27,7 +28,7 @@ from rlhf.evaluate.judge import Judge, load_judge
 from rlhf.evaluate.policies import Answer, Policy, load_both
 from rlhf.evaluate.results import Evaluation, Pair, write_evaluation
 from rlhf.evaluate.scoring import ModelRewards, Rewards, RuleRewards, Scores, logprob_sums, score_items
-from rlhf.evaluate.statistics import bootstrap_interval, distinct_bigrams
+from rlhf.evaluate.statistics import bigrams, bootstrap_interval
 from rlhf.models.compute import set_threads
 from rlhf.models.folders import start_model
 from rlhf.observe.progress import progress
@@ -83,9 +84,14 @@ def figures_of(pairs: Sequence[Pair], seed: int) -> dict[str, Any]:
         "prompts": len(pairs),
         **{name: float(values.mean()) for name, values in columns.items()},
         **{f"{name}_interval": list(bootstrap_interval(columns[name], seed)) for name in _WITH_INTERVAL},
-        "distinct_bigrams_before": distinct_bigrams([pair.before for pair in pairs]),
-        "distinct_bigrams_after": distinct_bigrams([pair.after for pair in pairs]),
+        **_variety("before", [pair.before for pair in pairs]),
+        **_variety("after", [pair.after for pair in pairs]),
     }
+
+
+def _variety(when: str, texts: Sequence[str]) -> dict[str, float]:
+    found = bigrams(texts)
+    return {f"distinct_bigrams_{when}": found.distinct, f"distinct_bigram_share_{when}": found.distinct_share}
 
 
 _MEASURED = (

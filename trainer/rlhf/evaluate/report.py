@@ -140,6 +140,10 @@ def _lines(figures: Mapping[str, Any]) -> Iterator[Line]:
         length = figures.get("length_only_accuracy")
         beside = "" if length is None else f"by length alone {number(length)}"
         yield Line("Reward model's held-out accuracy", "", number(figures["reward_model_accuracy"]), beside)
+    if "noise_free_reward_model_accuracy" in figures:
+        beside = f"by length alone {number(figures['noise_free_length_only_accuracy'])}"
+        accuracy = number(figures["noise_free_reward_model_accuracy"])
+        yield Line("Against the annotators' noise-free preference, on held-out prompts", "", accuracy, beside)
     for name, label in (("judge", "Judge's score"), ("reward", "Reward")):
         if f"{name}_after" in figures:
             before, after = (_with_interval(figures, f"{name}_{when}") for when in ("before", "after"))
@@ -149,7 +153,8 @@ def _lines(figures: Mapping[str, Any]) -> Iterator[Line]:
     for name, label, digits in (
         ("response_tokens", "Response length, tokens", 1),
         ("ended", "Share that ended by itself", 2),
-        ("distinct_bigrams", "Share of distinct word pairs", 2),
+        ("distinct_bigrams", "Distinct word pairs", 0),
+        ("distinct_bigram_share", "Their share of all word pairs", 2),
     ):
         if f"{name}_after" in figures:
             yield Line(label, number(figures[f"{name}_before"], digits), number(figures[f"{name}_after"], digits), "")

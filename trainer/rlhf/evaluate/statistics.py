@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -28,13 +29,24 @@ def bootstrap_interval(values: ArrayLike, seed: int, coverage: float = 0.95) -> 
     return float(low), float(high)
 
 
-def distinct_bigrams(texts: Sequence[str]) -> float:
-    """Share of different word pairs among all word pairs of the texts; 0 if there are none.
+@dataclass(frozen=True)
+class Bigrams:
+    """Word pairs of a collection of texts."""
 
-    Low where texts repeat themselves or each other, as those of a collapsed policy do. Only comparable between
-    collections of about the same size.
+    distinct: int
+    total: int
 
-    Source: Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models", distinct-2.
-    """
+    @property
+    def distinct_share(self) -> float:
+        """0 if there are none. Low where texts repeat themselves or each other, as those of a collapsed policy do.
+        Only comparable between collections of about the same size.
+
+        Source: Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models", distinct-2.
+        """
+        return self.distinct / self.total if self.total else 0.0
+
+
+def bigrams(texts: Sequence[str]) -> Bigrams:
+    """Words are what white space divides, in lower case; no pair spans two texts."""
     pairs = [pair for text in texts for pair in pairwise(text.lower().split())]
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
+    return Bigrams(len(set(pairs)), len(pairs))
