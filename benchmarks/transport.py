@@ -2,14 +2,14 @@
 
 1. A short PPO run of the demo gives the median seconds of a step, and its very messages: the tasks in the prompts
    stream and the rollouts in the rollouts stream.
-2. These tasks go once more through everything that a rollout passes, a step's batch at a time, only without models:
-   Redis, a `rlhf rollouts` process, and the three services in a process that answers the recorded completions at once
+2. Without models: these tasks go once more through everything that a rollout passes, a step's batch at a time: Redis, a
+   `rlhf rollouts` process, and the three services in a process that answers the recorded completions at once
    (harness/null_services.py). What is measured is encoding, checking, gRPC, queues, and waking and switching between
    processes: seconds until the trainer's side has read and decoded the last of the batch's rollouts, and the seconds
-   that each process computed.
-
-The share is (2) over (1). It counts as if nothing of it happened while a model computes; in a run most of it does.
-Beside it stands the same without Redis (calls only), and without gRPC (streams only).
+   that each process computed. The share of this in (1) counts as if nothing of it happened while a model computes.
+   Beside it stands the same without Redis (calls only), and without gRPC (streams only).
+3. With models: the same tasks through Redis, worker and the real services, and the same work in this process, in turn.
+   The difference is what the services add to a step, their overlap with the models' computing included.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,11 +27,13 @@ from typing import Any
 
 import redis
 
-from harness.bench import Figure, Measured, Options, expect_equal, interleaved, main, scratch
+from harness.bench import Figure, Measured, Options, expect_equal, expect_near, interleaved, main, scratch
 from harness.demo import demo_settings, make_models, run_ppo
 from harness.machine import cpu_s
-from harness.null_services import NullModel, NullServices, Recorded, null_services
-from harness.servers import rollout_worker
+from harness.null_services import NullModel, Recorded, null_services
+from harness.one_process import OneProcess
+from harness.servers import rollout_worker, service
+from rlhf.models.folders import start_model
 from rlhf.queues.connection import open_client
 from rlhf.queues.keys import QueueKeys, RunKeys
 from rlhf.queues.settings import RedisSettings
@@ -45,7 +47,8 @@ from rlhf.v1 import rollout_pb2
 from rlhf.wire.messages import from_prompt_task, from_rollout, to_prompt_task
 from rlhf.wire.records import PromptTask, Rollout
 
-RUN = "bench"
+NULL_RUN, REAL_RUN = "null", "real"
+THREADS = 1
 TIMEOUT_S = 120.0
 SKIPPED_STEPS = 2
 """At the start, while the messages are read out of Redis."""
@@ -56,6 +59,7 @@ class Messages:
     """Of one batch, in the same order."""
 
     tasks: Sequence[PromptTask]
+    """Of one completion each."""
     rollouts: Sequence[Rollout]
     rollout_bytes: Sequence[bytes]
 
@@ -67,6 +71,8 @@ class Passed:
     seconds: float
     cpu_s: dict[str, float]
     """By process."""
+    tokens: int
+    """Of prompts and responses."""
 
 
 def measure(options: Options) -> Measured:
@@ -76,7 +82,9 @@ def measure(options: Options) -> Measured:
     metrics = run_ppo(settings, lambda _: recorder.look())
     steps_s = [sum(row[f"seconds_{part}"] for part in ("wait", "train", "publish")) for row in metrics[SKIPPED_STEPS:]]
     messages = recorder.messages()
-    figures = _figures(_pass_all(options, settings, messages), statistics.median(steps_s), len(messages.tasks))
+    step_s = statistics.median(steps_s)
+    passed = _pass_all(options, settings, messages)
+    figures = [*_without_models(passed, step_s, len(messages.tasks)), *_with_models(passed, step_s)]
     waits_s = [row["seconds_wait"] for row in metrics[SKIPPED_STEPS:]]
     figures += [
         Figure("PPO step of the demo", "s", steps_s, headline=True),
@@ -89,7 +97,9 @@ def measure(options: Options) -> Measured:
         "rollout_bytes_median": statistics.median(map(len, messages.rollout_bytes)),
     }
     threads = {"policy": 1, "reward": 1, "reference": 1, "ppo": settings.ppo.threads}
-    return Measured(figures, setup, threads, {"rollouts": len(messages.rollouts)})
+    tokens = {way: batches[0].tokens for way, batches in passed.items()}
+    expect_near("tokens", tokens["through the services"], tokens["in one process"])
+    return Measured(figures, setup, threads, {"rollouts": len(messages.rollouts), "tokens": tokens})
 
 
 class _Recorder:
@@ -140,29 +150,52 @@ def _pass_all(options: Options, settings: Settings, messages: Messages) -> dict[
         streams = RedisSettings(url=server.start())
         stack.callback(server.stop)
         assert server.pid is not None
-        services = stack.enter_context(null_services(_null_model(messages)))
-        worker_pid = stack.enter_context(_worker(services, streams, settings, folder))
-        pids = {"worker": worker_pid, "services": services.pid, "redis": server.pid, "trainer": os.getpid()}
-        path = _Path(streams, messages, pids)
-        ways = {
+        null = stack.enter_context(null_services(_null_model(messages)))
+        worker_pid = stack.enter_context(_worker(NULL_RUN, null.addresses, streams, settings, folder))
+        pids = {"worker": worker_pid, "services": null.pid, "redis": server.pid, "trainer": os.getpid()}
+        path = _Path(streams, messages, pids, NULL_RUN)
+        without_models = {
             "gRPC and Redis": path.whole,
-            "gRPC alone": lambda: path.timed(lambda: asyncio.run(path.calls(services))),
+            "gRPC alone": lambda: path.timed(lambda: asyncio.run(path.calls(null.addresses))),
             "Redis alone": lambda: path.timed(path.queues),
         }
-        interleaved(ways, 2)  # connections and first-time work
-        return interleaved(ways, options.size(20, 2))
+        interleaved(without_models, 2)  # connections and first-time work
+        found = interleaved(without_models, options.size(20, 2))
+    return found | _with_real_services(options, settings, messages)
+
+
+def _with_real_services(options: Options, settings: Settings, messages: Messages) -> dict[str, list[Passed]]:
+    policy, reward = start_model(settings), settings.reward.model
+    assert reward is not None
+    with ExitStack() as stack:
+        folder = stack.enter_context(scratch())
+        server = EmbeddedRedis(folder / "redis")
+        streams = RedisSettings(url=server.start())
+        stack.callback(server.stop)
+        models = {"policy": policy, "reward": reward, "reference": policy}
+        addresses = {}
+        for verb, model in models.items():
+            started = service(verb, {f"{verb}.model": model}, folder / f"{verb}.log", threads=THREADS)
+            addresses[verb] = stack.enter_context(started).address
+        stack.enter_context(_worker(REAL_RUN, addresses, streams, settings, folder))
+        path = _Path(streams, messages, {}, REAL_RUN)
+        alone = OneProcess(policy, reward, threads=THREADS, max_sequences=settings.policy.max_sequences)
+        ways = {
+            "through the services": path.whole,
+            "in one process": lambda: path.timed(lambda: alone.roll_out(messages.tasks)),
+        }
+        interleaved(ways, 2)
+        return interleaved(ways, options.size(10, 2))
 
 
 def _worker(
-    services: NullServices, streams: RedisSettings, settings: Settings, folder: Path
+    run: str, addresses: Mapping[str, str], streams: RedisSettings, settings: Settings, folder: Path
 ) -> AbstractContextManager[int]:
     own = {
-        "run.name": RUN,
+        "run.name": run,
         "redis.url": streams.url,
-        "rollouts.policy": services.policy,
-        "rollouts.reward": services.reward,
-        "rollouts.reference": services.reference,
         "rollouts.prompts_in_flight": settings.rollouts.prompts_in_flight,
+        **{f"rollouts.{name}": address for name, address in addresses.items()},
     }
     return rollout_worker(own, folder / "worker.log")
 
@@ -170,11 +203,11 @@ def _worker(
 class _Path:
     """What one batch passes."""
 
-    def __init__(self, streams: RedisSettings, messages: Messages, pids: dict[str, int]) -> None:
+    def __init__(self, streams: RedisSettings, messages: Messages, pids: dict[str, int], run: str) -> None:
         client = open_client(streams.url, streams)
         self._messages = messages
         self._pids = pids
-        self._prompts, self._rollouts = prompts_queue(client, RUN, streams), rollouts_queue(client, RUN, streams)
+        self._prompts, self._rollouts = prompts_queue(client, run, streams), rollouts_queue(client, run, streams)
         self._own = prompts_queue(client, "own", streams), rollouts_queue(client, "own", streams)
         self._round = 0
 
@@ -182,23 +215,23 @@ class _Path:
         """Prompts stream, worker, services, rollouts stream."""
         return self.timed(self._send_and_receive)
 
-    def timed(self, way: Callable[[], None]) -> Passed:
+    def timed(self, way: Callable[[], int]) -> Passed:
         self._round += 1
         before = {name: cpu_s(pid) for name, pid in self._pids.items()}
         began_s = time.perf_counter()
-        way()
+        tokens = way()
         seconds = time.perf_counter() - began_s
-        return Passed(seconds, {name: cpu_s(pid) - before[name] for name, pid in self._pids.items()})
+        return Passed(seconds, {name: cpu_s(pid) - before[name] for name, pid in self._pids.items()}, tokens)
 
-    def _send_and_receive(self) -> None:
+    def _send_and_receive(self) -> int:
         for task in self._tasks():
             _add(self._prompts, task.rollout_id, to_prompt_task(task).SerializeToString())
         received = _receive(self._rollouts, len(self._messages.tasks))
         rollouts = [from_rollout(rollout_pb2.Rollout.FromString(delivery.payload)) for delivery in received]
-        expect_equal("tokens", sent=_tokens(self._messages.rollouts), received=_tokens(rollouts))
         self._rollouts.acknowledge(received)
+        return _tokens(rollouts)
 
-    def queues(self) -> None:
+    def queues(self) -> int:
         """Both streams, without the worker and the services between them."""
         prompts, rollouts = self._own
         tasks = self._tasks()
@@ -210,20 +243,20 @@ class _Path:
         for task, payload in zip(tasks, self._messages.rollout_bytes, strict=True):
             _add(rollouts, task.rollout_id, payload)
         received = _receive(rollouts, len(tasks))
-        for delivery in received:
-            from_rollout(rollout_pb2.Rollout.FromString(delivery.payload))
+        decoded = [from_rollout(rollout_pb2.Rollout.FromString(delivery.payload)) for delivery in received]
         rollouts.acknowledge(received)
+        return _tokens(decoded)
 
-    async def calls(self, at: NullServices) -> None:
+    async def calls(self, addresses: Mapping[str, str]) -> int:
         """The three calls of every task, all tasks at once, as the worker makes them."""
-        settings = RolloutsSettings(policy=at.policy, reward=at.reward, reference=at.reference)
-        async with Services.connected(settings) as services:
+        async with Services.connected(RolloutsSettings.model_validate(dict(addresses))) as services:
 
-            async def one(task: PromptTask) -> None:
+            async def one(task: PromptTask) -> int:
                 generated = await services.generate(task)
                 await both(services.score(task, generated.completions), services.refer(task, generated.completions))
+                return sum(len(task.token_ids) + len(completion.token_ids) for completion in generated.completions)
 
-            await asyncio.gather(*map(one, self._tasks()))
+            return sum(await asyncio.gather(*map(one, self._tasks())))
 
     def _tasks(self) -> list[PromptTask]:
         """Under ids of their own in every round, or they would be taken for repetitions."""
@@ -263,18 +296,29 @@ def _null_model(messages: Messages) -> NullModel:
     return NullModel(messages.tasks[0].tokenizer_sha256, largest + 1, longest + 1, answers)
 
 
-def _figures(passed: dict[str, list[Passed]], step_s: float, count: int) -> list[Figure]:
+def _without_models(passed: dict[str, list[Passed]], step_s: float, count: int) -> list[Figure]:
     whole = passed["gRPC and Redis"]
-    shares = {way: [100 * one.seconds / step_s for one in batches] for way, batches in passed.items()}
-    per_rollout = {process: [1000 * one.cpu_s[process] / count for one in whole] for process in whole[0].cpu_s}
-    computed = [100 * sum(one.cpu_s.values()) / step_s for one in whole]
+
+    def shares(way: str) -> list[float]:
+        return [100 * one.seconds / step_s for one in passed[way]]
+
+    computed = {process: [1000 * one.cpu_s[process] / count for one in whole] for process in whole[0].cpu_s}
     return [
-        Figure("gRPC and Redis of a step's rollouts, without models", "s", [one.seconds for one in whole]),
-        Figure("gRPC and Redis / PPO step", "%", shares["gRPC and Redis"], at_most=5, headline=True),
-        Figure("gRPC alone / PPO step", "%", shares["gRPC alone"], headline=True),
-        Figure("Redis alone / PPO step", "%", shares["Redis alone"], headline=True),
-        Figure("computed by all processes / PPO step", "%", computed),
-        *(Figure(f"computed by {name}", "ms/rollout", values) for name, values in per_rollout.items()),
+        Figure("without models: a step's rollouts", "s", [one.seconds for one in whole]),
+        Figure("without models: gRPC and Redis / PPO step", "%", shares("gRPC and Redis"), at_most=5, headline=True),
+        Figure("without models: gRPC alone / PPO step", "%", shares("gRPC alone"), headline=True),
+        Figure("without models: Redis alone / PPO step", "%", shares("Redis alone"), headline=True),
+        *(Figure(f"without models: computed by {name}", "ms/rollout", values) for name, values in computed.items()),
+    ]
+
+
+def _with_models(passed: dict[str, list[Passed]], step_s: float) -> list[Figure]:
+    services, alone = ([one.seconds for one in passed[way]] for way in ("through the services", "in one process"))
+    added = [100 * (a - b) / step_s for a, b in zip(services, alone, strict=True)]
+    return [
+        Figure("with models: a step's rollouts through the services", "s", services),
+        Figure("with models: a step's rollouts in one process", "s", alone),
+        Figure("with models: what the services add / PPO step", "%", added, headline=True),
     ]
 
 

@@ -67,10 +67,8 @@ class NullModel:
 
 @dataclass(frozen=True)
 class NullServices:
-    policy: str
-    reward: str
-    reference: str
-    """host:port of each."""
+    addresses: Mapping[str, str]
+    """host:port of policy, reward and reference."""
     pid: int
     """One process holds them all."""
 
@@ -86,7 +84,7 @@ def null_services(model: NullModel) -> Iterator[NullServices]:
             raise RuntimeError("the services without models did not start")
         addresses: dict[str, str] = ours.recv()
         assert process.pid is not None
-        yield NullServices(**addresses, pid=process.pid)
+        yield NullServices(addresses, process.pid)
     finally:
         ours.close()
         process.join(10)

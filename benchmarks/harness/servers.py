@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rlhf.supervisor.group import child_environment, free_port
+from rlhf.supervisor.group import SERVICES, child_environment, free_port
 from rlhf.supervisor.health import is_serving
 from rlhf.supervisor.process import Process, always, last_line, stop
 
@@ -27,31 +27,33 @@ class Served:
 
 
 @contextmanager
+def service(verb: str, settings: Mapping[str, object], log: Path, *, threads: int) -> Iterator[Served]:
+    """`rlhf policy`, `reward` or `reference` on a free port, ready."""
+    port = free_port(HOST)
+    address = f"{HOST}:{port}"
+    own = {f"{verb}.port": port, f"{verb}.threads": threads, **settings}
+    with _running(_process(verb, own, log, threads, partial(is_serving, address, SERVICES[verb], tls_ca=None))) as pid:
+        yield Served(address, pid)
+
+
 def policy_service(
     model: Path, log: Path, *, threads: int, settings: Mapping[str, object] | None = None
-) -> Iterator[Served]:
-    """`rlhf policy` on a free port, ready."""
-    port = free_port(HOST)
-    own = {"policy.model": model, "policy.port": port, "policy.threads": threads, **(settings or {})}
-    own["policy.advertise"] = f"{HOST}:{port}"
-    process = _process("policy", own, log, threads, f"{HOST}:{port}")
-    with _running(process) as pid:
-        yield Served(f"{HOST}:{port}", pid)
+) -> AbstractContextManager[Served]:
+    return service("policy", {"policy.model": model, **(settings or {})}, log, threads=threads)
 
 
 @contextmanager
 def rollout_worker(settings: Mapping[str, object], log: Path) -> Iterator[int]:
     """`rlhf rollouts`; its process id."""
-    with _running(_process("rollouts", settings, log, 1)) as pid:
+    with _running(_process("rollouts", settings, log, 1, always)) as pid:
         yield pid
 
 
-def _process(verb: str, settings: Mapping[str, object], log: Path, threads: int, address: str = "") -> Process:
+def _process(verb: str, settings: Mapping[str, object], log: Path, threads: int, ready: Callable[[], bool]) -> Process:
     options = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     environment = {**child_environment(os.environ), "OMP_NUM_THREADS": str(threads)}
-    ready = partial(is_serving, address, "rlhf.v1.PolicyService", tls_ca=None) if address else always
     command = [sys.executable, "-m", "rlhf.cli.main", verb, *options]
-    return Process(verb, command, log, environment=environment, ready=ready, address=address)
+    return Process(verb, command, log, environment=environment, ready=ready)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from harness import load as load_module
-from harness.bench import Figure, expect_equal, interleaved, percentile
+from harness.bench import Figure, expect_equal, expect_near, interleaved, percentile
 from harness.load import Answer
 from harness.model import MAX_NEW_TOKENS, asks
 from table import headlines, number, write_into
@@ -39,6 +39,12 @@ def test_unequal_work_is_refused():
     expect_equal("tokens", service=5, transformers=5)
     with pytest.raises(ValueError, match="tokens differ"):
         expect_equal("tokens", service=5, transformers=4)
+
+
+def test_work_that_rounding_alone_may_change_has_a_tolerance():
+    expect_near("tokens", 1000, 990)
+    with pytest.raises(ValueError, match="tokens differ"):
+        expect_near("tokens", 1000, 970)
 
 
 def test_lengths_are_geometric_and_cut():
