@@ -187,6 +187,19 @@ def test_altered_or_foreign_weights_are_refused_and_nothing_changes(tmp_path: Pa
     assert steps_of(engine, request(0)).token_ids.tolist() == before.token_ids.tolist()
 
 
+def test_prepare_does_not_hash_the_tokenizer_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a large vocabulary that stops every other thread, decoding included, for a good part of a second."""
+    engine = engine_of()
+    version = publish(tmp_path)
+
+    def hashed(_: object) -> str:
+        raise AssertionError("the tokenizer was hashed while the engine serves")
+
+    monkeypatch.setattr("rlhf.policy.continuous.tokenizer_sha256", hashed)
+    engine.prepare(tmp_path / "0-1", version, 1)
+    assert engine.versions.prepared == version
+
+
 def test_prepare_waits_for_the_place_it_needs(tmp_path: Path) -> None:
     engine = engine_of()
     first, second = publish(tmp_path), publish(tmp_path, seed=2, step=2)

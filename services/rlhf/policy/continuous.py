@@ -73,6 +73,8 @@ class ContinuousEngine:
         """
         self.info = _info(model, check_cacheable(model))
         self._tokenizer = tokenizer
+        # Once: for a large vocabulary it takes a good part of a second, in which no other thread of Python runs.
+        self.tokenizer_sha256 = tokenizer_sha256(tokenizer)
         self._eos_token_ids = end_token_ids(model, tokenizer)
         self._limits = limits
         self._current = Lane(model, version)
@@ -120,7 +122,7 @@ class ContinuousEngine:
         if version in (self._current.version, self._prepared):
             return
         tokenizer_of_weights = read_manifest(folder).tokenizer_sha256
-        if tokenizer_of_weights != tokenizer_sha256(self._tokenizer):
+        if tokenizer_of_weights != self.tokenizer_sha256:
             raise TokenizerMismatch(f"{folder}: these weights belong to another tokenizer than the policy's")
         tensors = load_weights(folder, version)
         for name, tensor in tensors.items():

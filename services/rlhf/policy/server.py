@@ -197,7 +197,7 @@ def load_engine(settings: Settings) -> tuple[Engine, Codec]:
     from rlhf.models.causal import load_causal_lm, weights_sha256
     from rlhf.models.compute import set_threads
     from rlhf.models.folders import start_model
-    from rlhf.models.tokenizer import load_tokenizer, tokenizer_sha256
+    from rlhf.models.tokenizer import load_tokenizer
     from rlhf.policy.continuous import ContinuousEngine, Limits
     from rlhf.wire.records import WeightVersion
 
@@ -211,4 +211,4 @@ def load_engine(settings: Settings) -> tuple[Engine, Codec]:
         policy.max_sequences, policy.max_batch_tokens, policy.max_prefill_tokens, policy.max_waiting_sequences
     )
     engine = ContinuousEngine(model, tokenizer, version, limits)
-    return engine, TokenizerCodec(tokenizer, tokenizer_sha256(tokenizer))
+    return engine, TokenizerCodec(tokenizer, engine.tokenizer_sha256)
