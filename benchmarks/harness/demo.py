@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from rlhf.settings.loader import load_settings
 from rlhf.settings.paths import RunPaths
 from rlhf.settings.run import Settings
 from rlhf.supervisor.group import child_environment
-from rlhf.supervisor.process import last_line
+from rlhf.supervisor.process import dying_with_parent, last_line
 
 DEMO = Path(__file__).parents[2] / "services" / "rlhf" / "supervisor" / "demo.toml"
 MODELS_RUN, PPO_RUN = "bench-models", "bench-ppo"
@@ -59,7 +60,7 @@ def make_models(options: Options) -> None:
         "run.min_judge_gain": "none",
     }
     say("  making the models")
-    command = [sys.executable, "-m", "rlhf.cli.main", "run", str(DEMO), *_set(own)]
+    command = _rlhf_run(DEMO, *_set(own))
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=child_environment(os.environ))
     if done.returncode != 0:
         raise RuntimeError(f"the demo's models could not be made: {done.stdout[-500:]}{done.stderr[-500:]}")
@@ -76,9 +77,10 @@ def run_ppo(settings: Settings, watch: Callable[[dict[str, int]], None]) -> list
     config = paths.folder / "config.json"
     config.write_text(settings.model_dump_json())
     log = paths.folder / "bench.log"
-    command = [sys.executable, "-m", "rlhf.cli.main", "run", str(config)]
     with log.open("w") as output:
-        running = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=child_environment(os.environ))
+        running = subprocess.Popen(
+            _rlhf_run(config), stdout=output, stderr=subprocess.STDOUT, env=child_environment(os.environ)
+        )
         try:
             deadline_s = time.monotonic() + TIMEOUT_S
             while running.poll() is None:
@@ -98,6 +100,12 @@ def _processes(paths: RunPaths) -> dict[str, int]:
     if not paths.processes.exists():
         return {}
     return {one["name"]: one["pid"] for one in json.loads(paths.processes.read_text()) if one["pid"] is not None}
+
+
+def _rlhf_run(config: Path, *options: str) -> list[str]:
+    """A supervisor that ends with this process, however that ends, and its processes with it."""
+    command = [sys.executable, "-m", "rlhf.cli.main", "run", str(config), *options]
+    return dying_with_parent(command, signal.SIGTERM)
 
 
 def _sizes(options: Options) -> dict[str, Any]:
