@@ -9,12 +9,15 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
 
+from rlhf.serving import client as client_module
 from rlhf.serving.client import call_sync, connect_sync
 from rlhf.v1 import reward_pb2, reward_pb2_grpc
 from rlhf.wire.tensors import from_tensor
@@ -50,11 +53,16 @@ def rule(tmp_path: Path) -> str:
 
 def score(address: str, answers: list[float]) -> None:
     with connect_sync(address) as channel:
-        stub = reward_pb2_grpc.RewardServiceStub(channel)
-        items = [reward_pb2.TextItem(prompt="a", completion="b")]
-        request = reward_pb2.ScoreRequest(texts=reward_pb2.TextBatch(items=items))
-        response = call_sync(stub.Score, request, timeout_s=20)
-        answers.extend(from_tensor(response.scores, "scores").tolist())
+        answers.extend(score_on(channel))
+
+
+def score_on(channel: grpc.Channel) -> list[float]:
+    stub = reward_pb2_grpc.RewardServiceStub(channel)
+    items = [reward_pb2.TextItem(prompt="a", completion="b")]
+    request = reward_pb2.ScoreRequest(texts=reward_pb2.TextBatch(items=items))
+    response = call_sync(stub.Score, request, timeout_s=20)
+    found: list[float] = from_tensor(response.scores, "scores").tolist()
+    return found
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -98,3 +106,18 @@ def test_a_port_in_use_is_one_sentence(rule: str) -> None:
             _, error = running.communicate(timeout=START_TIMEOUT_S)
     assert running.returncode == 3
     assert f"port {port} on 127.0.0.1 is in use" in error.splitlines()[-1]
+
+
+def test_calls_to_a_frozen_replica_move_on_to_another_one(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connections stay open, and the kernel goes on taking what is sent."""
+    monkeypatch.setattr(client_module, "SILENCE_MS", 1000)
+    with process("--rule", rule) as frozen, process("--rule", rule) as awake:
+        addresses = ",".join(first_line(each).split()[-1] for each in (frozen, awake))
+        with connect_sync(addresses, service="rlhf.v1.RewardService") as channel:
+            for _ in range(4):
+                score_on(channel)
+            frozen.send_signal(signal.SIGSTOP)
+            began_s = time.monotonic()
+            answers = [answer for _ in range(4) for answer in score_on(channel)]
+    assert answers == [1.0] * 4
+    assert time.monotonic() - began_s < 15, "gRPC's own patience is more than a minute"

@@ -29,6 +29,10 @@ AnswerCo = TypeVar("AnswerCo", covariant=True)
 MAX_MESSAGE_BYTES = 512 * 2**20
 """What a client accepts and sends at most: the largest `max_message_mib` of a server, which holds its own."""
 
+SILENCE_MS = 10_000
+"""A connection that has been silent for so long is asked for a sign of life, and given up after as long again: calls to
+a replica that is frozen or cut off then fail, and are tried at another one."""
+
 # Without Commit and Rollback, where the second of two equal calls does something else, and Upload, which is a stream.
 _REPEATABLE = [
     {"service": "rlhf.v1.PolicyService"},
@@ -187,9 +191,10 @@ def _options(address: str, service: str) -> list[tuple[str, Any]]:
         ("grpc.service_config", json.dumps(config)),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        # A replica that is frozen or cut off says nothing: after 20 s its calls fail, and are tried at another one.
-        ("grpc.keepalive_time_ms", 10_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", SILENCE_MS),
+        # gRPC takes the longer of the two, and a minute by itself.
+        ("grpc.keepalive_timeout_ms", SILENCE_MS),
+        ("grpc.http2.ping_timeout_ms", SILENCE_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         # A restarted service is to be found within seconds; gRPC's own limit on the backoff is two minutes.
         ("grpc.initial_reconnect_backoff_ms", 200),
