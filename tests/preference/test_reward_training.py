@@ -16,7 +16,7 @@ from rlhf.models.padding import pad
 from rlhf.models.reward import RewardModel, ended
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.preference import train as training
-from rlhf.preference.comparisons import batch_of, encode, split_by_prompt
+from rlhf.preference.comparisons import batch_of, by_completions, encode, split_by_prompt
 from rlhf.preference.settings import RewardModelSettings
 from rlhf.settings.run import Settings
 from rlhf.supervisor.settings import RunSettings
@@ -137,13 +137,26 @@ def test_judgments_of_one_prompt_stay_on_one_side() -> None:
 
 def test_each_completion_is_in_the_batch_once_with_one_end_token() -> None:
     comparisons = encode(judgments(3), tiny_tokenizer(), 200, Path("c.jsonl"))
-    batch = batch_of(comparisons, pad_id=1)
+    batch = batch_of(by_completions(comparisons), pad_id=1)
     assert batch.input_ids.shape[0] == 3 * 4
     assert len(batch.pairs.first) == 3 * 6
     assert batch.weight == 9.0
     lengths = batch.attention_mask.sum(1)
     assert (batch.input_ids[torch.arange(12), lengths - 1] == tiny_tokenizer().eos_token_id).all()
     assert ((batch.input_ids == tiny_tokenizer().eos_token_id).sum(1) == 1).all()
+
+
+def test_completions_that_several_annotators_ranked_are_scored_once() -> None:
+    first, second = judgments(2)
+    ranked = [first, second, replace(first, judgment_id="j9", annotator="b", ranks=(1, 2, 3, 4))]
+    groups = by_completions(encode(ranked, tiny_tokenizer(), 200, Path("c.jsonl")))
+    assert [len(group) for group in groups] == [2, 1]
+    batch = batch_of(groups, pad_id=1)
+    assert batch.input_ids.shape[0] == 2 * 4
+    assert batch.weight == 9.0
+    pairs = list(zip(batch.pairs.first.tolist(), batch.pairs.second.tolist(), batch.pairs.target.tolist(), strict=True))
+    assert pairs[6:12] == [(i, j, 1.0) for i in range(4) for j in range(i + 1, 4)]
+    assert {index for i, j, _ in pairs[12:] for index in (i, j)} == {4, 5, 6, 7}
 
 
 def test_completion_that_is_too_long_is_named() -> None:

@@ -41,7 +41,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ComparisonBatch:
-    """All completions of some rankings, each scored once."""
+    """The completions of some rankings, each scored once, however many annotators ranked them."""
 
     input_ids: Tensor
     """[N, T] int64"""
@@ -114,10 +114,25 @@ def split_by_prompt(
     )
 
 
-def batch_of(comparisons: Sequence[Comparison], pad_id: int) -> ComparisonBatch:
-    sequences = [sequence for comparison in comparisons for sequence in comparison.token_ids]
-    weight = sum(len(comparison.ranks) - 1 for comparison in comparisons)
-    return ComparisonBatch(*pad(sequences, pad_id), all_pairs([c.ranks for c in comparisons]), float(weight))
+def by_completions(comparisons: Iterable[Comparison]) -> list[tuple[Comparison, ...]]:
+    """Rankings of the same completions together, in order of first appearance: what is scored once for all of them."""
+    groups: dict[tuple[tuple[int, ...], ...], list[Comparison]] = {}
+    for comparison in comparisons:
+        groups.setdefault(tuple(map(tuple, comparison.token_ids)), []).append(comparison)
+    return [tuple(group) for group in groups.values()]
+
+
+def batch_of(groups: Sequence[Sequence[Comparison]], pad_id: int) -> ComparisonBatch:
+    """
+    Args:
+        groups: as `by_completions` makes them.
+    """
+    sequences = [sequence for group in groups for sequence in group[0].token_ids]
+    starts = np.cumsum([0, *(len(group[0].token_ids) for group in groups)]).tolist()
+    rankings = [comparison.ranks for group in groups for comparison in group]
+    offsets = [start for start, group in zip(starts, groups, strict=False) for _ in group]
+    weight = sum(len(ranks) - 1 for ranks in rankings)
+    return ComparisonBatch(*pad(sequences, pad_id), all_pairs(rankings, offsets), float(weight))
 
 
 def sha256_of(comparisons: Iterable[Comparison]) -> str:

@@ -36,7 +36,7 @@ def bradley_terry(scores: Tensor, ranks: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Pairs:
-    """All pairs of some rankings, as indices into their completions laid end to end."""
+    """All pairs of some rankings, as indices into completions laid end to end."""
 
     first: Tensor
     """[P] int64"""
@@ -51,20 +51,19 @@ class Pairs:
         return Pairs(self.first.to(device), self.second.to(device), self.target.to(device), self.share.to(device))
 
 
-def all_pairs(rankings: Sequence[Sequence[int]]) -> Pairs:
+def all_pairs(rankings: Sequence[Sequence[int]], offsets: Sequence[int]) -> Pairs:
     """
     Args:
         rankings: ranks of each, 1 = best, equal = tie; at least two in each.
+        offsets: of each, the index of its first completion.
     """
     first, second, target, share = [], [], [], []
-    offset = 0
-    for ranks in rankings:
+    for ranks, offset in zip(rankings, offsets, strict=True):
         for i, j in itertools.combinations(range(len(ranks)), 2):
             first.append(offset + i)
             second.append(offset + j)
             target.append(0.5 if ranks[i] == ranks[j] else float(ranks[i] < ranks[j]))
             share.append(2.0 / len(ranks))
-        offset += len(ranks)
     return Pairs(torch.tensor(first), torch.tensor(second), torch.tensor(target), torch.tensor(share))
 
 
@@ -72,7 +71,7 @@ def bradley_terry_sum(scores: Tensor, pairs: Pairs) -> Tensor:
     """`bradley_terry` of all the rankings, summed, in float32.
 
     Args:
-        scores: [N], of the rankings' completions end to end.
+        scores: [N], of the completions that the pairs point at.
     """
     difference = scores.float()[pairs.first] - scores.float()[pairs.second]
     losses = pairs.target * softplus(-difference) + (1 - pairs.target) * softplus(difference)

@@ -54,7 +54,7 @@ class RewardModelSettings(Compute, Optimisation):
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate; for a model of a million parameters. Larger ones take less, 1e-5 near a billion."""
     prompts_per_batch: PositiveInt = 8
-    """Judgments per micro-batch, each with all pairs of its completions."""
+    """Prompts per micro-batch, each with all pairs of all its judgments; its completions are scored once."""
     epochs: PositiveInt = 1
     """Passes over the judgments; more than one overfits rankings quickly."""
     max_length: PositiveInt = 512

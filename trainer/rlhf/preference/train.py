@@ -25,7 +25,15 @@ from rlhf.models.padding import pad
 from rlhf.models.reward import RewardModel, ended
 from rlhf.models.tokenizer import load_tokenizer, pad_token_id
 from rlhf.preference.calibration import Floats, accuracy, calibration_figures, length_only_accuracy
-from rlhf.preference.comparisons import Comparison, ComparisonBatch, batch_of, encode, sha256_of, split_by_prompt
+from rlhf.preference.comparisons import (
+    Comparison,
+    ComparisonBatch,
+    batch_of,
+    by_completions,
+    encode,
+    sha256_of,
+    split_by_prompt,
+)
 from rlhf.preference.loss import bradley_terry_sum
 from rlhf.preference.settings import RewardModelSettings
 from rlhf.settings.run import Settings
@@ -108,8 +116,9 @@ def _job(
     settings: Settings, model: RewardModel, training: list[Comparison], pad_id: int, out: Path
 ) -> Job[ComparisonBatch]:
     section = settings.reward_model
-    per_epoch = batches_per_epoch(len(training), section.prompts_per_batch)
-    batch = shuffled_batches(training, section.prompts_per_batch, section.seed)
+    groups = by_completions(training)
+    per_epoch = batches_per_epoch(len(groups), section.prompts_per_batch)
+    batch = shuffled_batches(groups, section.prompts_per_batch, section.seed)
     return Job(
         name="reward-model",
         model=model,
