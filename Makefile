@@ -28,13 +28,16 @@ demo: setup ## all three steps on one machine, from nothing to an improved polic
 	@$(BIN)/rlhf demo
 
 test: setup ## the suite that needs nothing but pip
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not system"
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not system and not docker"
 
 test-system: setup ## the tests that need more than pip: Debian's redis-server
 	$(BIN)/pytest -m system
 
 bench: setup ## what it costs, measured: about a quarter of an hour; BENCH="generation weights" runs these alone
 	@$(BIN)/python benchmarks/run_all.py $(BENCH)
+
+test-docker: setup ## the deployment in containers, tried on a Docker engine: kills, pauses, scaling; some minutes
+	@$(BIN)/pytest -m docker -s tests/docker
 
 check: setup ## format, lint, types, layout and import directions
 	$(BIN)/ruff format --check .
@@ -46,6 +49,42 @@ format: setup ## format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Containers: docker/compose.yaml says what can be set. GPU=1 adds docker/compose.gpu.yaml.
+COMPOSE = docker compose -f docker/compose.yaml $(if $(GPU),-f docker/compose.gpu.yaml)
+# Compose counts relative paths from docker/, people from here.
+FOLDERS := RLHF_SETTINGS_FILE RLHF_MODEL_DIR RLHF_DATA_DIR
+$(foreach name,$(FOLDERS),$(if $($(name)),$(eval override $(name) := $(abspath $($(name))))$(eval export $(name))))
+
+engine:
+	@docker compose version >/dev/null || { echo "this needs Docker with compose v2: https://docs.docker.com/engine/install"; exit 1; }
+	@$(foreach name,$(FOLDERS),$(if $($(name)),test -e "$($(name))" || { echo "$(name): there is no $($(name))"; exit 1; };)):
+
+up: engine ## build the containers, make the models, train; SCALE="policy=3 rollouts=4" for more or fewer of them
+	@$(COMPOSE) up --build --wait $(addprefix --scale ,$(SCALE)) || { $(COMPOSE) logs --tail 15 prepare ppo; echo "not everything came up; make status, make logs"; exit 1; }
+	@echo "up: make status, make logs, make report; make down stops it"
+	@$(COMPOSE) ps --format 'table {{.Service}}\t{{.Name}}\t{{.Ports}}' policy reward reference
+
+down: engine ## stop the containers; VOLUMES=1 removes models, checkpoints and Redis' data too
+	@$(COMPOSE) down $(if $(VOLUMES),--volumes)
+	@$(if $(VOLUMES),,echo "the volumes stay, and make up goes on from them; make down VOLUMES=1 removes them")
+
+logs: engine ## follow the containers' logs; SERVICE=ppo only those of one
+	@$(COMPOSE) logs --tail 50 --follow $(SERVICE)
+
+status: engine ## what the run in the containers is doing, and which containers are not well
+	@$(COMPOSE) exec -T reward rlhf status --config /etc/rlhf/settings.toml || echo "the run cannot be asked; see below"
+	@$(COMPOSE) ps --all --format '{{.Name}}: {{.Status}}' | grep -vE '\(healthy\)|Exited \(0\)' || echo "all containers are well"
+
+report: engine ## evaluate the policy that the containers trained; report, models and figures into runs/containers
+	@for verb in evaluate report; do $(COMPOSE) run --rm --no-deps prepare $$verb --config /etc/rlhf/settings.toml || exit 1; done
+	@mkdir -p runs/containers
+	@$(COMPOSE) run --rm -T --no-deps --entrypoint tar prepare -C /var/lib/rlhf/runs -c --exclude checkpoints --exclude weights . \
+	  | tar -x --no-same-owner -C runs/containers
+	@ls runs/containers/*/report.html
+
+token: engine ## print the token that the containers' services ask for
+	@$(COMPOSE) exec -T reward cat /run/rlhf/token
+
 protos: setup ## generate the protobuf code again
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 
@@ -54,4 +93,4 @@ clean: ## remove .venv, caches and generated code; runs/ stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f protos/rlhf/v1/*_pb2*
 
-.PHONY: help setup demo test test-system bench check format protos clean
+.PHONY: help setup demo test test-system test-docker engine up down logs status report token bench check format protos clean

