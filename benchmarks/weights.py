@@ -3,7 +3,8 @@
 - gap: 16 sequences stream from a `rlhf policy` process without a break. Now and then new weights of the same size are
   prepared and committed. The gap is the longest time between two tokens of one sequence of those that wait for a token
   while the Commit call runs, in decode steps: the median time between two tokens of a sequence while nothing changes.
-  The same longest time at moments without a commit stands beside it, and the extra gap is the difference.
+  The same longest time at a Commit of what is current already, which changes nothing, stands beside it, and the extra
+  gap is the difference.
 - publish: the trainer's own publisher, to two replicas of a run, from the end of an optimiser step until both have
   answered Commit: file, Prepare, pointer in Redis, Commit. Idle replicas, and ones that are busy with 64 calls.
 """
@@ -44,7 +45,12 @@ from rlhf.wire.records import WeightVersion
 THREADS = 1
 STREAMS = 16
 RUN = "bench"
-IN_FLIGHT = {"wait": weights_pb2.IN_FLIGHT_WAIT, "keep": weights_pb2.IN_FLIGHT_KEEP}
+IN_FLIGHT = {
+    "none": weights_pb2.IN_FLIGHT_WAIT,
+    "wait": weights_pb2.IN_FLIGHT_WAIT,
+    "keep": weights_pb2.IN_FLIGHT_KEEP,
+}
+"""By kind of commit; "none" commits what is current already."""
 SETTLE_S = 0.3
 """Around every change, so that its tokens belong to it alone."""
 
@@ -74,7 +80,7 @@ class _Seen:
     intervals: list[tuple[float, float]] = field(default_factory=list)
     """Two consecutive tokens of one sequence."""
     moments: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    """Begin and end of each commit by kind; "none": a moment without one."""
+    """Begin and end of each Commit call, by kind."""
     prepares: list[tuple[float, float]] = field(default_factory=list)
 
 
@@ -104,18 +110,18 @@ async def _one_moment(
     seen: _Seen,
 ) -> None:
     await asyncio.sleep(SETTLE_S)
-    if kind == "none":
-        now_s = time.perf_counter()
-        seen.moments[kind].append((now_s, now_s))
-        return
-    folder, version = next(versions)
+    version = (await call(weights.Current, weights_pb2.CurrentRequest(), timeout_s=TIMEOUT_S)).current
+    if kind != "none":
+        folder, new = next(versions)
+        version = to_version(new)
+        began_s = time.perf_counter()
+        await call(
+            weights.Prepare, weights_pb2.PrepareRequest(version=version, uri=folder.as_uri()), timeout_s=TIMEOUT_S
+        )
+        seen.prepares.append((began_s, time.perf_counter()))
+        await asyncio.sleep(SETTLE_S)
+    commit = weights_pb2.CommitRequest(version=version, in_flight=IN_FLIGHT[kind])
     began_s = time.perf_counter()
-    prepare = weights_pb2.PrepareRequest(version=to_version(version), uri=folder.as_uri())
-    await call(weights.Prepare, prepare, timeout_s=TIMEOUT_S)
-    seen.prepares.append((began_s, time.perf_counter()))
-    await asyncio.sleep(SETTLE_S)
-    began_s = time.perf_counter()
-    commit = weights_pb2.CommitRequest(version=to_version(version), in_flight=IN_FLIGHT[kind])
     await call(weights.Commit, commit, timeout_s=TIMEOUT_S)
     seen.moments[kind].append((began_s, time.perf_counter()))
 
@@ -157,8 +163,8 @@ def _gap_figures(seen: _Seen) -> list[Figure]:
     return [
         Figure("decode step, 16 streams", "ms", [1000 * step_s], headline=True),
         Figure("decode step p99, nothing changes", "steps", [percentile(quiet or [step_s], 0.99) / step_s]),
-        Figure("longest wait for a token, no commit", "steps", gaps["none"]),
-        Figure("longest wait for a token, commit", "steps", gaps["wait"]),
+        Figure("longest wait for a token, Commit that changes nothing", "steps", gaps["none"]),
+        Figure("longest wait for a token, Commit of new weights", "steps", gaps["wait"]),
         Figure("extra gap of a commit, sequences finish on old weights", "steps", wait, at_most=1, headline=True),
         Figure("extra gap of a commit, sequences continue on new weights", "steps", keep, headline=True),
         Figure("decode step while old and new weights both run", "steps", after),

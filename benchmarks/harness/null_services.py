@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from rlhf.reference.scorer import ReferenceModel
     from rlhf.reward.head import RewardHead
 
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 240.0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rlhf.supervisor.group import SERVICES, child_environment, free_port
 from rlhf.supervisor.health import is_serving
 from rlhf.supervisor.process import Process, always, last_line, stop
 
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 10.0
 HOST = "127.0.0.1"
 
