@@ -15,8 +15,6 @@ from support.deployment import Deployment, engine_trouble
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(2400)]
 
-STEPS = 400
-"""`ppo.steps` in settings.toml."""
 BATCH = 32
 """`ppo.batch_prompts`."""
 RECOVERY_S = 120.0
@@ -45,8 +43,8 @@ def test_a_run_in_containers_survives_the_loss_of_every_part(deployment: Deploym
             kill_one(deployment, service)
         pause_a_policy(deployment)
         cut_off_a_policy(deployment)
-        stop_and_start_again(deployment)
-        finish(deployment)
+        last = stop_and_start_again(deployment)
+        finish(deployment, last)
         start_what_is_finished(deployment)
         report(deployment)
 
@@ -58,12 +56,10 @@ def start(it: Deployment) -> None:
 
 
 def goes_on(it: Deployment, after: str, steps: int = 3) -> None:
-    """Training makes some more steps, and has not ended."""
+    """Training makes some more steps."""
     before = it.steps()
     took_s = it.wait_until(lambda: it.steps() >= before + steps, f"{steps} steps after {after}", RECOVERY_S)
-    now = it.steps()
-    assert now < STEPS, f"the run was over before {after} could be tried; raise ppo.steps"
-    it.say(f"{after}: step {now}, {steps} more took {took_s:.0f} s")
+    it.say(f"{after}: step {it.steps()}, {steps} more took {took_s:.0f} s")
 
 
 def scale_up(it: Deployment, folder: Path) -> None:
@@ -106,7 +102,7 @@ def pause_a_policy(it: Deployment) -> None:
     frozen = it.containers("policy")[0]
     it.docker("pause", frozen)
     try:
-        goes_on(it, "pausing a policy", steps=20)
+        goes_on(it, "pausing a policy", steps=8)
     finally:
         it.docker("unpause", frozen)
     it.wait_until(lambda: it.healthy(frozen), f"health of {frozen}", RECOVERY_S)
@@ -115,31 +111,36 @@ def pause_a_policy(it: Deployment) -> None:
 def cut_off_a_policy(it: Deployment) -> None:
     lost, network = it.containers("policy")[1], f"{it.project}_inside"
     it.docker("network", "disconnect", network, lost)
-    goes_on(it, "cutting off a policy", steps=20)
+    goes_on(it, "cutting off a policy", steps=8)
     it.docker("network", "connect", "--alias", "policy", network, lost)
     goes_on(it, "its return")
 
 
-def stop_and_start_again(it: Deployment) -> None:
-    """The volumes keep everything; containers, and so the workers' names, are new."""
+def stop_and_start_again(it: Deployment) -> int:
+    """The volumes keep everything; containers, and so the workers' names, are new. Whatever the machine's pace, the
+    faults are over now, and so may the run be soon: a setting from the environment."""
+    last = it.steps() + 20
     it.compose("--progress", "quiet", "down", timeout_s=120)
+    it.environment["RLHF_PPO_STEPS"] = str(last)
     it.up()
-    assert it.steps() > 30, "the run began anew"
-    goes_on(it, "down and up")
+    assert it.steps() > last - 30, "the run began anew"
+    it.say("down and up")
+    return last
 
 
-def finish(it: Deployment) -> None:
+def finish(it: Deployment, last: int) -> None:
     done = "training is done"
-    it.wait_until(lambda: done in it.compose("logs", "ppo"), "the end of training", 600)
-    assert it.steps() == STEPS
+    it.wait_until(lambda: done in it.compose("logs", "ppo"), "the end of training", 300)
+    assert it.steps() == last
     audit = it.rlhf("ppo", "audit")
-    assert f"clean: {STEPS * BATCH} trained" in audit
+    assert f"clean: {last * BATCH} trained" in audit
     it.say(f"finished; {audit.splitlines()[-1]}")
 
 
 def start_what_is_finished(it: Deployment) -> None:
+    last = it.steps()
     it.up("--force-recreate")
-    assert it.steps() == STEPS
+    assert it.steps() == last
     it.say("up again, with nothing left to do")
 
 
