@@ -19,11 +19,13 @@ Utility = Callable[[Sequence[ScoreItem]], NDArray[np.float64]]
 def load_utility(source: str | Path, seed: int) -> Utility:
     """The log-odds of a classifier that is fitted from a data file, or the rule of that name.
 
+    The judge of `rlhf.evaluate` goes by other features.
+
     Raises:
         DataError, RuleError: see `SentimentClassifier.fit` and `load_rule`.
     """
     if not is_data_file(source):
         rule = load_rule(str(source))
         return lambda items: rule.score(items).astype(np.float64)
-    classifier = SentimentClassifier.fit(source, seed)
+    classifier = SentimentClassifier.fit(source, seed, "tfidf")
     return lambda items: classifier.log_odds([item.prompt + item.completion for item in items])
