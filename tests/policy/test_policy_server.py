@@ -127,6 +127,13 @@ def request(*prompts: Sequence[int], new: int = 6, **fields: Any) -> policy_pb2.
     )
 
 
+def seeded(seeds: Sequence[int], *prompts: Sequence[int], **fields: Any) -> policy_pb2.GenerateRequest:
+    """With `seeds` in the place of `sampling.seed`."""
+    asked = request(*prompts, seeds=seeds, **fields)
+    asked.sampling.ClearField("seed")
+    return asked
+
+
 def endless(request_id: str = "") -> policy_pb2.GenerateRequest:
     """As long as the context allows: some hundred milliseconds."""
     return request([5], new=1000, request_id=request_id)
@@ -157,6 +164,23 @@ async def test_without_a_seed_equal_prompts_differ_and_can_be_repeated(folder: P
         again = await it.completions(request([5, 6], new=12, sampling={"seed": second.seed}))
     assert first.token_ids.tolist() != second.token_ids.tolist()
     assert again[0].token_ids.tolist() == second.token_ids.tolist()
+
+
+@in_loop
+async def test_prompts_of_one_call_have_seeds_of_their_own(folder: Path) -> None:
+    seeds, prompts = (9, 2**64 - 1, 9), ([5, 6], [5, 6], [7, 8, 9])
+    async with service(folder) as it:
+        together = await it.generate(seeded(seeds, *prompts, new=12, sampling={"completions": 2}))
+        alone = [
+            completion
+            for seed, prompt in zip(seeds, prompts, strict=True)
+            for completion in await it.completions(request(prompt, new=12, sampling={"seed": seed, "completions": 2}))
+        ]
+    completions = [from_completion(completion) for completion in together.completions]
+    assert [c.seed for c in completions] == [9, 10, 2**64 - 1, 0, 9, 10]
+    assert together.sampling.seed == 9
+    assert [c.token_ids.tolist() for c in completions] == [c.token_ids.tolist() for c in alone]
+    assert len({tuple(c.token_ids.tolist()) for c in completions}) == 6
 
 
 @in_loop
@@ -311,6 +335,8 @@ def refusal(address: str) -> Any:
             errors.InputError,
             "no tokens",
         ),
+        (seeded([1, 2, 3], [5], [6]), errors.RequestError, "seeds: one for each prompt, 2, expected, 3 received"),
+        (request([5], [6], seeds=[1, 2]), errors.RequestError, "seeds: 2 received beside sampling.seed 3"),
         (policy_pb2.GenerateRequest(prompts=[policy_pb2.Prompt()]), errors.RequestError, "none received"),
     ],
 )

@@ -73,12 +73,12 @@ def read_call(
         )
     prompts = [_prompt(prompt, index, codec) for index, prompt in enumerate(message.prompts)]
     check_prompts(prompts, info)
-    seeds = [secrets.randbelow(SEEDS) if sampling.seed is None else sampling.seed for _ in prompts]
+    seeds = _seeds(message, sampling)
     return GenerateCall(
         request_id=message.request_id or secrets.token_hex(16),
         named=bool(message.request_id),
         prompts=tuple(prompts),
-        seeds=tuple(seeds),
+        seeds=seeds,
         sampling=replace(sampling, seed=seeds[0]),
         stopping=stopping,
         logprob_mode=_logprob_mode(message.logprob_mode),
@@ -142,6 +142,19 @@ def _prompt(prompt: policy_pb2.Prompt, index: int, codec: Codec) -> Tokens:
     if kind == "chat":
         return codec.encode_chat([(turn.role, turn.content) for turn in prompt.chat.messages])
     raise RequestError(f"prompts[{index}]: token_ids, text or chat expected, none received")
+
+
+def _seeds(message: policy_pb2.GenerateRequest, sampling: Sampling) -> tuple[int, ...]:
+    """One per prompt: its own, that of all, or drawn here."""
+    if not message.seeds:
+        return tuple(secrets.randbelow(SEEDS) if sampling.seed is None else sampling.seed for _ in message.prompts)
+    if sampling.seed is not None:
+        raise RequestError(f"seeds: {len(message.seeds)} received beside sampling.seed {sampling.seed}; give only one")
+    if len(message.seeds) != len(message.prompts):
+        raise RequestError(
+            f"seeds: one for each prompt, {len(message.prompts)}, expected, {len(message.seeds)} received"
+        )
+    return tuple(message.seeds)
 
 
 def _logprob_mode(number: int) -> LogprobMode:
