@@ -13,11 +13,11 @@ from rlhf.serving.client import call_sync, connect_sync
 from rlhf.v1 import policy_pb2, policy_pb2_grpc
 from support.deployment import Deployment, engine_trouble
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]
 
 BATCH = 32
 """`ppo.batch_prompts`."""
-RECOVERY_S = 120.0
+RECOVERY_S = 240.0
 """Training goes on within this time, whatever has happened."""
 
 
@@ -92,7 +92,7 @@ def scale_down(it: Deployment) -> None:
 def kill_one(it: Deployment, service: str) -> None:
     victim = it.containers(service)[0]
     it.kill(victim, service)
-    it.wait_until(lambda: it.restarts(victim) == 1, f"a restart of {victim}", 60)
+    it.wait_until(lambda: it.restarts(victim) == 1, f"a restart of {victim}", RECOVERY_S)
     goes_on(it, f"killing {service}")
     it.wait_until(lambda: it.healthy(victim), f"health of {victim}", RECOVERY_S)
 

@@ -1,4 +1,7 @@
-"""A deployment of docker/compose.yaml of its own: other project, ports, images and volumes than anybody's."""
+"""A deployment of docker/compose.yaml of its own: other project, ports, images and volumes than anybody's.
+
+Deadlines are those of a machine that is busy with something else.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ class Deployment:
         """A command of ours, in a container that runs."""
         return self.compose("exec", "-T", service, "rlhf", verb, "--config", SETTINGS, timeout_s=timeout_s)
 
-    def up(self, *options: str, timeout_s: float = 300) -> None:
+    def up(self, *options: str, timeout_s: float = 900) -> None:
         self.compose("--progress", "quiet", "up", "--wait", *options, timeout_s=timeout_s)
 
     def containers(self, service: str) -> list[str]:
