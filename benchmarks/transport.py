@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 
@@ -46,6 +46,8 @@ from rlhf.supervisor.embedded_redis import EmbeddedRedis
 from rlhf.v1 import rollout_pb2
 from rlhf.wire.messages import from_prompt_task, from_rollout, to_prompt_task
 from rlhf.wire.records import PromptTask, Rollout
+
+T = TypeVar("T")
 
 NULL_RUN, REAL_RUN = "null", "real"
 THREADS = 1
@@ -93,6 +95,7 @@ def measure(options: Options) -> Measured:
     setup = {
         "batch_prompts": settings.ppo.batch_prompts,
         "prompts_in_flight": settings.rollouts.prompts_in_flight,
+        "prompts_per_call": settings.rollouts.prompts_per_call,
         "steps": settings.ppo.steps,
         "rollout_bytes_median": statistics.median(map(len, messages.rollout_bytes)),
     }
@@ -153,7 +156,7 @@ def _pass_all(options: Options, settings: Settings, messages: Messages) -> dict[
         null = stack.enter_context(null_services(_null_model(messages)))
         worker_pid = stack.enter_context(_worker(NULL_RUN, null.addresses, streams, settings, folder))
         pids = {"worker": worker_pid, "services": null.pid, "redis": server.pid, "trainer": os.getpid()}
-        path = _Path(streams, messages, pids, NULL_RUN)
+        path = _Path(streams, messages, pids, NULL_RUN, settings.rollouts.prompts_per_call)
         without_models = {
             "gRPC and Redis": path.whole,
             "gRPC alone": lambda: path.timed(lambda: asyncio.run(path.calls(null.addresses))),
@@ -178,7 +181,7 @@ def _with_real_services(options: Options, settings: Settings, messages: Messages
             started = service(verb, {f"{verb}.model": model}, folder / f"{verb}.log", threads=THREADS)
             addresses[verb] = stack.enter_context(started).address
         stack.enter_context(_worker(REAL_RUN, addresses, streams, settings, folder))
-        path = _Path(streams, messages, {}, REAL_RUN)
+        path = _Path(streams, messages, {}, REAL_RUN, settings.rollouts.prompts_per_call)
         alone = OneProcess(policy, reward, threads=THREADS, max_sequences=settings.policy.max_sequences)
         ways = {
             "through the services": path.whole,
@@ -195,6 +198,7 @@ def _worker(
         "run.name": run,
         "redis.url": streams.url,
         "rollouts.prompts_in_flight": settings.rollouts.prompts_in_flight,
+        "rollouts.prompts_per_call": settings.rollouts.prompts_per_call,
         **{f"rollouts.{name}": address for name, address in addresses.items()},
     }
     return rollout_worker(own, folder / "worker.log")
@@ -203,8 +207,11 @@ def _worker(
 class _Path:
     """What one batch passes."""
 
-    def __init__(self, streams: RedisSettings, messages: Messages, pids: dict[str, int], run: str) -> None:
+    def __init__(
+        self, streams: RedisSettings, messages: Messages, pids: dict[str, int], run: str, prompts_per_call: int
+    ) -> None:
         client = open_client(streams.url, streams)
+        self._per_call = prompts_per_call
         self._messages = messages
         self._pids = pids
         self._prompts, self._rollouts = prompts_queue(client, run, streams), rollouts_queue(client, run, streams)
@@ -237,9 +244,10 @@ class _Path:
         tasks = self._tasks()
         for task in tasks:
             _add(prompts, task.rollout_id, to_prompt_task(task).SerializeToString())
-        for delivery in _receive(prompts, len(tasks)):
-            from_prompt_task(rollout_pb2.PromptTask.FromString(delivery.payload))
-            prompts.acknowledge([delivery])
+        for deliveries in self._groups(_receive(prompts, len(tasks))):
+            for delivery in deliveries:
+                from_prompt_task(rollout_pb2.PromptTask.FromString(delivery.payload))
+            prompts.acknowledge(deliveries)
         for task, payload in zip(tasks, self._messages.rollout_bytes, strict=True):
             _add(rollouts, task.rollout_id, payload)
         received = _receive(rollouts, len(tasks))
@@ -248,15 +256,19 @@ class _Path:
         return _tokens(decoded)
 
     async def calls(self, addresses: Mapping[str, str]) -> int:
-        """The three calls of every task, all tasks at once, as the worker makes them."""
+        """The three calls of every group of tasks, all at once, as the worker makes them where all lie ready."""
         async with Services.connected(RolloutsSettings.model_validate(dict(addresses))) as services:
 
-            async def one(task: PromptTask) -> int:
-                generated = await services.generate(task)
-                await both(services.score(task, generated.completions), services.refer(task, generated.completions))
-                return sum(len(task.token_ids) + len(completion.token_ids) for completion in generated.completions)
+            async def one(tasks: Sequence[PromptTask]) -> int:
+                generated = await services.generate(tasks)
+                await both(services.score(tasks, generated), services.refer(tasks, generated))
+                completions = [completion for answer in generated for completion in answer.completions]
+                return sum(len(task.token_ids) for task in tasks) + sum(len(one.token_ids) for one in completions)
 
-            return sum(await asyncio.gather(*map(one, self._tasks())))
+            return sum(await asyncio.gather(*map(one, self._groups(self._tasks()))))
+
+    def _groups(self, items: Sequence[T]) -> list[Sequence[T]]:
+        return [items[start : start + self._per_call] for start in range(0, len(items), self._per_call)]
 
     def _tasks(self) -> list[PromptTask]:
         """Under ids of their own in every round, or they would be taken for repetitions."""

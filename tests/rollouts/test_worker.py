@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,11 @@ class Backends(
         await self._enter("Generate", request)
         return policy_pb2.GenerateResponse(
             request_id=request.request_id,
-            completions=[to_completion(one) for one in self.completions()],
+            completions=[
+                to_completion(replace(one, prompt_index=index, seed=seed + one.completion_index))
+                for index, seed in enumerate(request.seeds)
+                for one in self.completions()
+            ],
             sampling=request.sampling,
         )
 
@@ -266,10 +270,10 @@ def test_what_the_services_are_asked(run: Run) -> None:
 
     asyncio.run(scenario())
     (generate,), (score,), (refer,) = (backends.requests[name] for name in ("Generate", "Score", "LogProbs"))
-    assert generate.request_id == task.rollout_id
+    assert generate.request_id.startswith(task.rollout_id)
     assert generate.weights.at_least == to_version(VERSION)
     assert generate.logprob_mode == policy_pb2.LOGPROB_MODE_TEMPERATURE
-    assert generate.sampling.seed == 7
+    assert (list(generate.seeds), generate.sampling.HasField("seed")) == ([7], False)
     assert generate.stopping.max_new_tokens == 8
     assert [item.completion for item in score.decoded.items] == [f"completion {index}" for index in range(COMPLETIONS)]
     assert [dict(entry.fields) for entry in score.metadata] == [{"answer": "42"}] * COMPLETIONS
@@ -294,26 +298,86 @@ def test_scoring_and_reference_run_at_the_same_time(run: Run) -> None:
     asyncio.run(scenario())
 
 
-def test_prompts_are_worked_on_together_up_to_the_limit(run: Run) -> None:
-    for index in range(12):
-        run.add(index)
-    running_now, most = 0, 0
+def test_prompts_that_are_there_together_share_their_calls(run: Run) -> None:
+    tasks = {
+        f"{run.name}/{index}/0": run.add(
+            index,
+            token_ids=np.arange(1, 3 + index, dtype=np.int32),
+            text=f"prompt {index}",
+            metadata={"answer": str(index)},
+            sampling=Sampling(temperature=0.5, seed=100 * index, completions=COMPLETIONS),
+        )
+        for index in range(5)
+    }
+    backends = Backends()
 
-    async def count() -> None:
-        nonlocal running_now, most
-        running_now += 1
-        most = max(most, running_now)
-        await asyncio.sleep(0.1)
-        running_now -= 1
+    async def scenario() -> list[Rollout]:
+        async with run.working(backends, prompts_per_call=3) as worker:
+            made = [rollout(delivery) for delivery in await run.take(5)]
+            await until(lambda: settled(run))
+            assert worker.counts == {"rollouts": 5}
+            return made
+
+    made = asyncio.run(scenario())
+    assert {one.rollout_id for one in made} == tasks.keys()
+    for one in made:
+        task = tasks[one.rollout_id]
+        length = len(task.token_ids)
+        assert (one.prompt, one.metadata, one.sampling) == (task.text, task.metadata, task.sampling)
+        assert one.prompt_index == task.prompt_index
+        for index, scored in enumerate(one.completions):
+            assert scored.token_ids.tolist() == [*task.token_ids, *range(10, 11 + index)]
+            assert scored.ref_logprobs[length:].tolist() == [-float(token) for token in range(10, 11 + index)]
+            assert (scored.seed, scored.score) == (100 * one.prompt_index + index, length + index + 1)
+    assert {name: len(requests) for name, requests in backends.requests.items()} == dict.fromkeys(backends.requests, 2)
+    scored_items = {
+        (item.prompt, entry.fields["answer"])
+        for request in backends.requests["Score"]
+        for item, entry in zip(request.decoded.items, request.metadata, strict=True)
+    }
+    assert scored_items == {(task.text, task.metadata["answer"]) for task in tasks.values()}
+
+
+def test_tasks_of_different_sampling_get_calls_of_their_own(run: Run) -> None:
+    for index, temperature in enumerate((0.5, 1.0, 0.5, 1.0)):
+        run.add(index, sampling=Sampling(temperature=temperature, seed=index, completions=COMPLETIONS))
+    backends = Backends()
 
     async def scenario() -> None:
-        async with run.working(Backends(before={"Generate": count}), prompts_in_flight=4):
+        async with run.working(backends):
+            await run.take(4)
+
+    asyncio.run(scenario())
+    asked = sorted((one.sampling.temperature, sorted(one.seeds)) for one in backends.requests["Generate"])
+    assert asked == [(0.5, [0, 2]), (1.0, [1, 3])]
+
+
+@pytest.mark.parametrize("prompts_per_call", [1, 3])
+def test_prompts_are_worked_on_together_up_to_the_limit(run: Run, prompts_per_call: int) -> None:
+    for index in range(12):
+        run.add(index)
+    running_now, most, largest = 0, 0, 0
+    backends = Backends()
+
+    async def count() -> None:
+        nonlocal running_now, most, largest
+        mine = len(backends.requests["Generate"][-1].prompts)
+        running_now += mine
+        most, largest = max(most, running_now), max(largest, mine)
+        await asyncio.sleep(0.1)
+        running_now -= mine
+
+    backends.before["Generate"] = count
+
+    async def scenario() -> None:
+        async with run.working(backends, prompts_in_flight=4, prompts_per_call=prompts_per_call):
             ids = {delivery.item_id for delivery in await run.take(12)}
             assert len(ids) == 12
             await until(lambda: settled(run))
 
     asyncio.run(scenario())
     assert most == 4
+    assert 1 <= largest <= prompts_per_call
 
 
 @pytest.mark.parametrize("method", ["Generate", "Score", "LogProbs"])
@@ -344,6 +408,63 @@ def test_what_may_pass_is_tried_again(run: Run, method: str, error: errors.RlhfE
 
     run.add()
     asyncio.run(scenario())
+
+
+def test_a_group_is_asked_again_as_it_was(run: Run) -> None:
+    for index in range(3):
+        run.add(index)
+    failures = iter([errors.Unavailable("restarting")] * 2)
+
+    async def fail_at_first() -> None:
+        for failure in failures:
+            raise failure
+
+    async def scenario() -> None:
+        backends = Backends(before={"Generate": fail_at_first})
+        async with run.working(backends) as worker:
+            await run.take(3)
+            await until(lambda: settled(run))
+            assert worker.counts == {"rollouts": 3}
+        first, second, third = backends.requests["Generate"]
+        assert len(first.prompts) == 3
+        assert first == second == third
+
+    asyncio.run(scenario())
+
+
+BAD_TOKEN = 99
+
+
+def has_bad_token(request: Any) -> bool:
+    if isinstance(request, policy_pb2.GenerateRequest):
+        return any(BAD_TOKEN in from_tensor(prompt.token_ids, "") for prompt in request.prompts)
+    tokens = request.tokens.token_ids if isinstance(request, reward_pb2.ScoreRequest) else request.token_ids
+    return BAD_TOKEN in from_tensor(tokens.values, "")
+
+
+@pytest.mark.parametrize("method", ["Generate", "Score", "LogProbs"])
+def test_one_bad_prompt_does_not_take_the_others_with_it(run: Run, method: str) -> None:
+    tasks = [run.add(index, token_ids=np.array([1, BAD_TOKEN if index == 2 else 3], np.int32)) for index in range(4)]
+    backends = Backends()
+
+    async def refuse_it() -> None:
+        if has_bad_token(backends.requests[method][-1]):
+            raise errors.RequestError("token 99 is outside the vocabulary")
+
+    backends.before[method] = refuse_it
+
+    async def scenario() -> None:
+        async with run.working(backends) as worker:
+            arrived = {delivery.item_id for delivery in await run.take(3)}
+            assert arrived == {task.rollout_id for task in tasks if task.prompt_index != 2}
+            await until(lambda: settled(run))
+            assert worker.counts == {"rollouts": 3, "failures": 2, "dead": 1}
+
+    asyncio.run(scenario())
+    (letter,) = run.prompts.dead_letters()
+    assert letter.item_id == tasks[2].rollout_id
+    assert "outside the vocabulary" in letter.reason
+    assert [len(one.prompts) for one in backends.requests["Generate"]] == [4, 1, 1, 1, 1, 1, 1]
 
 
 def test_a_prompt_waits_for_a_service_that_is_away(run: Run) -> None:
@@ -378,6 +499,24 @@ def test_a_service_that_stays_away_is_a_failure(run: Run) -> None:
             assert worker.counts == {"failures": 2, "dead": 1}
 
     asyncio.run(scenario())
+
+
+def test_a_service_that_stays_away_is_nobody_s_fault(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    """No prompt of a group is tried alone for as long again."""
+    caplog.set_level("INFO")
+    for index in range(2):
+        run.add(index)
+
+    async def gone() -> None:
+        raise errors.DeadlineExceeded("slow")
+
+    async def scenario() -> None:
+        async with run.working(Backends(before={"Score": gone}), unavailable_timeout_s=0.2) as worker:
+            await until(lambda: run.prompts.counts().dead == 2)
+            assert worker.counts == {"failures": 4, "dead": 2}
+
+    asyncio.run(scenario())
+    assert "one by one" not in caplog.text
 
 
 def test_three_failures_are_a_dead_letter_with_the_reason(run: Run) -> None:
@@ -478,6 +617,23 @@ def test_a_full_rollouts_stream_makes_the_worker_wait(redis_settings: RedisSetti
         asyncio.run(scenario())
 
 
+def test_a_rollout_too_large_for_the_stream_is_a_dead_letter(redis_settings: RedisSettings, run_name: str) -> None:
+    with opened(redis_settings.model_copy(update={"max_mib": 1}), run_name) as run:
+        producer = prompts_queue(run.client, run_name, redis_settings)
+        for index, size in enumerate((1, 2**20, 1)):
+            task = prompt_task(run_name, index, metadata={"answer": "4" * size})
+            producer.enqueue(task.rollout_id, to_prompt_task(task).SerializeToString())
+
+        async def scenario() -> None:
+            async with run.working(Backends()):
+                arrived = {delivery.item_id for delivery in await run.take(2)}
+                assert arrived == {f"{run_name}/0/0", f"{run_name}/2/0"}
+                await until(lambda: settled(run) and run.prompts.counts().dead == 1)
+
+        asyncio.run(scenario())
+        assert "could never be queued" in run.prompts.dead_letters()[0].reason
+
+
 def test_a_stream_that_stays_full_ends_the_worker_and_keeps_the_prompt(
     redis_settings: RedisSettings, run_name: str
 ) -> None:
@@ -548,6 +704,58 @@ def test_a_prompt_that_was_taken_away_is_dropped(run: Run) -> None:
     asyncio.run(scenario())
 
 
+def test_a_prompt_that_was_taken_away_leaves_its_group(run: Run) -> None:
+    tasks = [run.add(index) for index in range(3)]
+    go_on = asyncio.Event()
+
+    def in_hand() -> list[Any]:
+        return [beat.fields["in_hand"] for beat in run.registry.beats() if beat.service == "rollouts"]
+
+    async def scenario() -> None:
+        backends = Backends()
+        backends.before["Generate"] = lambda: asyncio.wait_for(go_on.wait(), 10)
+        async with run.working(backends):
+            await until(lambda: len(backends.requests["Generate"]) == 1)
+            lost = run.client.xpending_range(run.prompts.keys.stream, "workers", "-", "+", 3)[1]
+            run.prompts.acknowledge([Delivery(lost["message_id"].decode(), "", b"", False, "another", {})])
+            await until(lambda: in_hand() == [2])
+            go_on.set()
+            arrived = {delivery.item_id for delivery in await run.take(2)}
+            assert arrived == {tasks[0].rollout_id, tasks[2].rollout_id}
+            await until(lambda: in_hand() == [0])
+            assert settled(run)
+            assert run.rollouts.depth().entries == 0
+            assert len(backends.requests["Generate"]) == 1
+
+    asyncio.run(scenario())
+
+
+def test_stopping_does_not_wait_for_prompts_of_a_group_that_is_taken_apart(run: Run) -> None:
+    for index in range(2):
+        run.add(index)
+    backends = Backends()
+    alone = 0
+
+    async def refuse_together_and_hang_alone() -> None:
+        nonlocal alone
+        if len(backends.requests["Generate"][-1].prompts) > 1:
+            await asyncio.sleep(0.3)
+            raise errors.RequestError("one of these cannot be answered")
+        alone += 1
+        await asyncio.sleep(30)
+
+    backends.before["Generate"] = refuse_together_and_hang_alone
+
+    async def scenario() -> None:
+        async with asyncio.timeout(8):
+            async with run.working(backends, grace_s=1):
+                await until(lambda: len(backends.requests["Generate"]) == 1)
+        assert alone == 2
+        assert run.prompts.depth().pending == 2
+
+    asyncio.run(scenario())
+
+
 def test_stopping_finishes_what_it_can_and_leaves_the_rest_pending(run: Run) -> None:
     for index in range(2):
         run.add(index)
@@ -560,7 +768,7 @@ def test_stopping_finishes_what_it_can_and_leaves_the_rest_pending(run: Run) -> 
 
     async def scenario() -> None:
         backends = Backends(before={"Generate": second_hangs})
-        async with run.working(backends, grace_s=1.5):
+        async with run.working(backends, grace_s=1.5, prompts_per_call=1):
             await until(lambda: calls == 2)
         assert run.rollouts.depth().entries == 1
         assert run.prompts.depth().pending == 1
@@ -569,7 +777,7 @@ def test_stopping_finishes_what_it_can_and_leaves_the_rest_pending(run: Run) -> 
         async with run.working(again):
             await run.take(2)
             await until(lambda: settled(run))
-        assert len(again.requests["Generate"]) == 1
+        assert [len(one.prompts) for one in again.requests["Generate"]] == [1]
 
     asyncio.run(scenario())
 

@@ -119,6 +119,28 @@ def test_policy_and_reference_of_one_model_agree_on_every_log_prob(settings: Set
     assert len(set(scores)) > 8
 
 
+def test_prompts_that_share_calls_become_the_rollouts_that_they_become_alone(settings: Settings) -> None:
+    made = {}
+    for prompts_per_call in (1, 4):
+        own = {
+            "run": settings.run.model_copy(update={"name": f"{settings.run.name}-{prompts_per_call}"}),
+            "rollouts": RolloutsSettings(prompts_per_call=prompts_per_call),
+        }
+        made[prompts_per_call] = asyncio.run(roll_out(settings.model_copy(update=own), 0.7))
+    for alone, together in zip(made[1], made[4], strict=True):
+        assert (alone.prompt_index, alone.prompt, alone.sampling) == (
+            together.prompt_index,
+            together.prompt,
+            together.sampling,
+        )
+        for one, other in zip(alone.completions, together.completions, strict=True):
+            assert one.token_ids.tolist() == other.token_ids.tolist()
+            assert (one.seed, one.text, one.finish_reason) == (other.seed, other.text, other.finish_reason)
+            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+            np.testing.assert_allclose(one.ref_logprobs, other.ref_logprobs, atol=1e-5)
+            np.testing.assert_allclose(one.score, other.score, atol=1e-5)
+
+
 def test_the_process_stops_on_sigterm(settings: Settings, tmp_path: Path) -> None:
     client = open_client(settings.redis.url, settings.redis)
     registry = open_registry(client, settings.run.name, settings.redis)

@@ -1,28 +1,47 @@
-"""The worker's three services as functions of a task: what is asked, and what of the answer is checked."""
+"""The worker's three services as functions of a few tasks: what is asked, and what of the answer is checked.
+
+Tasks go into one call because a call costs more than a small model's answer. Which may is for `rollouts.groups` to say.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from rlhf.errors import RlhfError
 from rlhf.rollouts.settings import RolloutsSettings
 from rlhf.serving.client import call, connect
-from rlhf.v1 import policy_pb2, policy_pb2_grpc, reference_pb2, reference_pb2_grpc, reward_pb2, reward_pb2_grpc
+from rlhf.v1 import (
+    policy_pb2,
+    policy_pb2_grpc,
+    reference_pb2,
+    reference_pb2_grpc,
+    reward_pb2,
+    reward_pb2_grpc,
+    tensor_pb2,
+)
 from rlhf.wire.messages import from_completion, from_sampling, to_sampling, to_stopping, to_version
 from rlhf.wire.records import Completion, Floats, LogprobMode, PromptTask, Sampling, Tokens
 from rlhf.wire.tensors import from_ragged, from_tensor, to_ragged, to_tensor
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Generated:
+    """The answer to one task."""
+
     completions: tuple[Completion, ...]
     """K, with log-probs at the sampling temperature."""
     sampling: Sampling
-    """As applied."""
+    """As applied; the seed is the first completion's."""
 
 
 @dataclass(frozen=True)
@@ -77,81 +96,131 @@ class Services:
                 settings,
             )
 
-    async def generate(self, task: PromptTask) -> Generated:
-        """K completions. The rollout's id is the request's: asked again, the policy gives the same answer."""
-        request = policy_pb2.GenerateRequest(
-            request_id=task.rollout_id,
-            prompts=[policy_pb2.Prompt(token_ids=to_tensor(task.token_ids, np.int32))],
-            sampling=to_sampling(task.sampling),
-            stopping=to_stopping(task.stopping),
-            logprob_mode=policy_pb2.LOGPROB_MODE_TEMPERATURE,
-            tokenizer_sha256=task.tokenizer_sha256,
+    async def generate(self, tasks: Sequence[PromptTask]) -> list[Generated]:
+        """Of tasks that may share a call, for each its K completions."""
+        response = await call(
+            self._policy.Generate, generate_request(tasks), timeout_s=self._settings.generate_timeout_s
         )
-        if task.at_least is not None:
-            request.weights.at_least.CopyFrom(to_version(task.at_least))
-        response = await call(self._policy.Generate, request, timeout_s=self._settings.generate_timeout_s)
-        completions = tuple(from_completion(completion) for completion in response.completions)
-        _expect(len(completions) == task.sampling.completions, "policy", f"{len(completions)} completions", task)
-        for index, completion in enumerate(completions):
-            _check_completion(completion, index, task)
-        return Generated(completions, from_sampling(response.sampling))
+        each = tasks[0].sampling.completions
+        completions = [from_completion(completion) for completion in response.completions]
+        _expect(len(completions) == each * len(tasks), "policy", f"{len(completions)} completions", tasks)
+        for number, completion in enumerate(completions):
+            _check_completion(completion, divmod(number, each), tasks)
+        applied = from_sampling(response.sampling)
+        return [
+            # The call's seed is its first prompt's.
+            Generated(tuple(own), replace(applied, seed=own[0].seed))
+            for own in in_rows(completions, [each] * len(tasks))
+        ]
 
-    async def score(self, task: PromptTask, completions: Sequence[Completion]) -> Scores:
+    async def score(self, tasks: Sequence[PromptTask], generated: Sequence[Generated]) -> list[Scores]:
         """Tokens with their text beside them, so that a reward model with another tokenizer or a rule can answer."""
-        texts = [reward_pb2.TextItem(prompt=task.text, completion=completion.text) for completion in completions]
-        prompt_lengths = np.full(len(completions), len(task.token_ids), dtype=np.int64)
+        pairs = _pairs(tasks, generated)
         request = reward_pb2.ScoreRequest(
-            request_id=task.rollout_id,
+            request_id=tasks[0].rollout_id,
             tokens=reward_pb2.TokenBatch(
-                token_ids=to_ragged(sequences(task, completions), np.int32),
-                prompt_lengths=to_tensor(prompt_lengths),
-                tokenizer_sha256=task.tokenizer_sha256,
+                token_ids=to_ragged(_sequences(pairs), np.int32),
+                prompt_lengths=_prompt_lengths(pairs),
+                tokenizer_sha256=tasks[0].tokenizer_sha256,
             ),
-            decoded=reward_pb2.TextBatch(items=texts),
-            metadata=[reward_pb2.Metadata(fields=task.metadata)] * len(completions),
+            decoded=reward_pb2.TextBatch(
+                items=[reward_pb2.TextItem(prompt=task.text, completion=completion.text) for task, completion in pairs]
+            ),
+            metadata=[reward_pb2.Metadata(fields=task.metadata) for task, _ in pairs],
         )
         response = await call(self._reward.Score, request, timeout_s=self._settings.score_timeout_s)
         scores = from_tensor(response.scores, "scores", dtypes="f", ndim=1)
         members = from_tensor(response.member_scores, "member_scores", dtypes="f", ndim=2)
         counts = f"{len(scores)} scores and {len(members)} rows of member scores"
-        _expect(len(scores) == len(members) == len(completions), "reward", counts, task)
-        _expect(bool(np.isfinite(scores).all() and np.isfinite(members).all()), "reward", "a score not finite", task)
-        return Scores(scores, members, response.model_sha256)
+        _expect(len(scores) == len(members) == len(pairs), "reward", counts, tasks)
+        _expect(bool(np.isfinite(scores).all() and np.isfinite(members).all()), "reward", "a score not finite", tasks)
+        ends = np.cumsum([len(one.completions) for one in generated])[:-1]
+        return [
+            Scores(own, own_members, response.model_sha256)
+            for own, own_members in zip(np.split(scores, ends), np.split(members, ends), strict=True)
+        ]
 
-    async def refer(self, task: PromptTask, completions: Sequence[Completion]) -> References:
+    async def refer(self, tasks: Sequence[PromptTask], generated: Sequence[Generated]) -> list[References]:
         """At the temperature of the policy's log-probs: raw ones where it picks the most likely token."""
-        first_scored = np.full(len(completions), len(task.token_ids), dtype=np.int64)
+        pairs = _pairs(tasks, generated)
         request = reference_pb2.LogProbsRequest(
-            request_id=task.rollout_id,
-            token_ids=to_ragged(sequences(task, completions), np.int32),
-            first_scored=to_tensor(first_scored),
-            temperature=task.sampling.temperature or 1.0,
-            tokenizer_sha256=task.tokenizer_sha256,
+            request_id=tasks[0].rollout_id,
+            token_ids=to_ragged(_sequences(pairs), np.int32),
+            first_scored=_prompt_lengths(pairs),
+            temperature=tasks[0].sampling.temperature or 1.0,
+            tokenizer_sha256=tasks[0].tokenizer_sha256,
         )
         response = await call(self._reference.LogProbs, request, timeout_s=self._settings.score_timeout_s)
-        rows = tuple(from_ragged(response.logprobs, "logprobs", dtypes="f"))
+        rows = from_ragged(response.logprobs, "logprobs", dtypes="f")
         lengths = [len(row) for row in rows]
-        expected = [len(completion.token_ids) for completion in completions]
-        _expect(lengths == expected, "reference", f"log-probs of lengths {lengths} for tokens of {expected}", task)
-        _expect(all(np.isfinite(row).all() for row in rows), "reference", "a log-prob not finite", task)
-        return References(rows, response.model_sha256)
+        expected = [len(completion.token_ids) for _, completion in pairs]
+        _expect(lengths == expected, "reference", f"log-probs of lengths {lengths} for tokens of {expected}", tasks)
+        _expect(all(np.isfinite(row).all() for row in rows), "reference", "a log-prob not finite", tasks)
+        counts = [len(one.completions) for one in generated]
+        return [References(tuple(own), response.model_sha256) for own in in_rows(rows, counts)]
 
 
-def sequences(task: PromptTask, completions: Sequence[Completion]) -> list[Tokens]:
-    """K arrays [T], prompt and response."""
-    return [np.concatenate([task.token_ids, completion.token_ids]) for completion in completions]
+def generate_request(tasks: Sequence[PromptTask]) -> policy_pb2.GenerateRequest:
+    """Asked again with the same tasks, the policy gives the same answer: it knows them by the request's id.
+
+    The id tells other tasks, another order and other contents of the same tasks apart, because the policy refuses two
+    requests under one id.
+    """
+    first = tasks[0]
+    request = policy_pb2.GenerateRequest(
+        prompts=[policy_pb2.Prompt(token_ids=to_tensor(task.token_ids, np.int32)) for task in tasks],
+        seeds=[task.sampling.seed for task in tasks if task.sampling.seed is not None],
+        sampling=to_sampling(replace(first.sampling, seed=None)),
+        stopping=to_stopping(first.stopping),
+        logprob_mode=policy_pb2.LOGPROB_MODE_TEMPERATURE,
+        tokenizer_sha256=first.tokenizer_sha256,
+    )
+    if first.at_least is not None:
+        request.weights.at_least.CopyFrom(to_version(first.at_least))
+    content = hashlib.sha256(request.SerializeToString(deterministic=True))
+    content.update(json.dumps([task.rollout_id for task in tasks]).encode())
+    request.request_id = f"{first.rollout_id}+{len(tasks) - 1}/{content.hexdigest()[:32]}"
+    return request
 
 
-def _check_completion(completion: Completion, index: int, task: PromptTask) -> None:
-    """What `from_completion` has not checked: it knows neither the task nor that a rollout needs log-probs."""
+def in_rows(flat: Sequence[T], lengths: Sequence[int]) -> list[Sequence[T]]:
+    """What lies end to end, apart again."""
+    ends = list(itertools.accumulate(lengths))
+    return [flat[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+
+def _pairs(tasks: Sequence[PromptTask], generated: Sequence[Generated]) -> list[tuple[PromptTask, Completion]]:
+    """Every completion of a call, in order, beside the task it answers."""
+    return [(task, completion) for task, one in zip(tasks, generated, strict=True) for completion in one.completions]
+
+
+def _sequences(pairs: Sequence[tuple[PromptTask, Completion]]) -> list[Tokens]:
+    """Arrays [T], prompt and response."""
+    return [np.concatenate([task.token_ids, completion.token_ids]) for task, completion in pairs]
+
+
+def _prompt_lengths(pairs: Sequence[tuple[PromptTask, Completion]]) -> tensor_pb2.Tensor:
+    return to_tensor(np.array([len(task.token_ids) for task, _ in pairs], dtype=np.int64))
+
+
+def _check_completion(completion: Completion, place: tuple[int, int], tasks: Sequence[PromptTask]) -> None:
+    """What `from_completion` has not checked: it knows neither the tasks nor that a rollout needs log-probs.
+
+    Args:
+        place: of its prompt in the call, and of it among that prompt's completions.
+    """
     mode = completion.logprob_mode
-    _expect(completion.completion_index == index, "policy", "completions out of order", task)
-    _expect(len(completion.token_ids) > 0, "policy", "a completion without tokens", task)
-    _expect(mode is LogprobMode.TEMPERATURE, "policy", f"log-probs of mode {mode.name}", task)
+    found = completion.prompt_index, completion.completion_index
+    _expect(found == place, "policy", "completions out of order", tasks)
+    _expect(len(completion.token_ids) > 0, "policy", "a completion without tokens", tasks)
+    _expect(mode is LogprobMode.TEMPERATURE, "policy", f"log-probs of mode {mode.name}", tasks)
 
 
-def _expect(holds: bool, service: str, got: str, task: PromptTask) -> None:
+def _expect(holds: bool, service: str, got: str, tasks: Sequence[PromptTask]) -> None:
     if not holds:
-        raise RlhfError(
-            f"the {service} service answered {got} to {task.rollout_id} ({task.sampling.completions} completions asked)"
-        )
+        asked = len(tasks) * tasks[0].sampling.completions
+        raise RlhfError(f"the {service} service answered {got} to {_name(tasks)} ({asked} completions asked)")
+
+
+def _name(tasks: Sequence[PromptTask]) -> str:
+    return tasks[0].rollout_id + (f" and {len(tasks) - 1} more" if len(tasks) > 1 else "")

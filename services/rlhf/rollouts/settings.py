@@ -25,7 +25,10 @@ class RolloutsSettings(Section):
     """Stable name of this worker in the consumer group; a restarted worker takes up what it had. Given empty: the
     machine's host name."""
     prompts_in_flight: PositiveInt = 64
-    """Prompts being worked on at once, one Generate each: the policy batches them as they come."""
+    """Prompts being worked on at once."""
+    prompts_per_call: PositiveInt = 8
+    """Prompts that share one Generate, one Score and one LogProbs, where that many are in the stream together; fewer
+    where each has many completions."""
     generate_timeout_s: PositiveFloat = 120.0
     """Deadline of one Generate, its wait in the policy's queue included."""
     score_timeout_s: PositiveFloat = 60.0

@@ -1,17 +1,23 @@
 """The rollout worker: `rlhf rollouts`. Prompts in, scored rollouts out; nothing is kept here.
 
     prompts stream                                                                     rollouts stream
-         │ consume          ┌──────────── one of up to `prompts_in_flight` ───────────┐      ▲
+         │ consume          ┌──── a group of up to `prompts_per_call` prompts ────────┐      ▲
          └─────────────────▶│ generate ─▶ ┌ score ┐ ─▶ assemble ─▶ enqueue ───────────┼──────┘
          ▲                  │     │       └ refer ┘                   │              │
          └── acknowledge ◀──│     ▼           ▼                       ▼              │
                             │  policy   reward, reference    waits while it is full  │
                             └────────────────────────────────────────────────────────┘
 
+Many groups are under way at once, with up to `prompts_in_flight` prompts. A group is what was in the stream together
+and may share a call; no prompt waits for others to come.
+
 Who blocks whom: a service that is full answers RESOURCE_EXHAUSTED with a time to come back, one that is away
-UNAVAILABLE, a policy with older weights than the prompt asks for FAILED_PRECONDITION; the prompt waits in the worker,
-and the worker takes no other in its place. A full rollouts stream makes every prompt in hand wait, and so the prompts
-stream fill up, and so the trainer's prompt source wait.
+UNAVAILABLE, a policy with older weights than the prompt asks for FAILED_PRECONDITION; the group waits in the worker,
+and the worker takes no other prompts in its place. A full rollouts stream makes every prompt in hand wait, and so the
+prompts stream fill up, and so the trainer's prompt source wait.
+
+Any other error may be due to one prompt alone: a group that meets it is taken apart, and each of its prompts tried by
+itself. What fails by itself is counted, and a dead letter after three times.
 
 A prompt is acknowledged once its rollout is in the rollouts stream, whose ids are unique: killed in between, the worker
 does the work again and the stream takes it once. Prompts in hand are renewed, so that no other worker takes them.
@@ -26,25 +32,20 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
-
-from google.protobuf.message import DecodeError
 
 from rlhf.errors import Overloaded, RequestError, RlhfError
 from rlhf.queues.connection import connect
 from rlhf.queues.registry import Registry, open_registry
 from rlhf.queues.streams import Delivery, Enqueued, Failed, Queue, prompts_queue, rollouts_queue
 from rlhf.rollouts.assemble import assemble
-from rlhf.rollouts.patience import patiently
+from rlhf.rollouts.groups import Group, InHand, UnreadableTask, grouped, read_task
+from rlhf.rollouts.patience import may_pass, patiently
 from rlhf.rollouts.services import Services
 from rlhf.rollouts.settings import RolloutsSettings
 from rlhf.settings.run import Settings
-from rlhf.v1 import rollout_pb2
-from rlhf.wire.messages import from_prompt_task, to_rollout
-from rlhf.wire.records import PromptTask, Rollout
+from rlhf.wire.messages import to_rollout
 
 log = logging.getLogger(__name__)
 
@@ -77,15 +78,6 @@ async def _until_signalled(settings: Settings, prompts: Queue, rollouts: Queue, 
         await worker.work()
 
 
-@dataclass(eq=False)
-class _InHand:
-    """A prompt that is being worked on."""
-
-    delivery: Delivery
-    stage: str = "waiting"
-    work: asyncio.Task[None] | None = None
-
-
 class Worker:
     """Belongs to one event loop. Setting `stopped`, from any thread, ends `work` within `grace_s`."""
 
@@ -101,27 +93,27 @@ class Worker:
         self._prompts = prompts
         self._rollouts = rollouts
         self._registry = registry
-        self._in_hand: dict[str, _InHand] = {}
+        self._groups: set[Group] = set()
+        self._tasks = asyncio.TaskGroup()
 
-    async def roll_out(self, held: _InHand) -> None:
-        """One prompt, from the prompts stream to the rollouts stream."""
+    async def roll_out(self, group: Group) -> None:
+        """A group of prompts, from the prompts stream to the rollouts stream."""
+        tasks = [prompt.task for prompt in group.prompts]
         try:
-            task = read_task(held.delivery)
-            held.stage = "generating"
-            generated = await self._patiently("generate", lambda: self._services.generate(task))
-            completions = generated.completions
-            held.stage = "scoring"
+            group.stage = "generating"
+            generated = await self._patiently("generate", lambda: self._services.generate(tasks))
+            group.stage = "scoring"
             scores, references = await both(
-                self._patiently("score", lambda: self._services.score(task, completions)),
-                self._patiently("refer", lambda: self._services.refer(task, completions)),
+                self._patiently("score", lambda: self._services.score(tasks, generated)),
+                self._patiently("refer", lambda: self._services.refer(tasks, generated)),
             )
-            rollout = assemble(task, generated, scores, references, self._settings.consumer)
+            parts = zip(tasks, generated, scores, references, strict=True)
+            rollouts = [assemble(*part, self._settings.consumer) for part in parts]
         except Exception as error:
-            await self._give_back(held.delivery, error)
+            await self._fail(group, error, together=len(tasks) > 1)
             return
-        held.stage = "handing over"
-        if await self._enqueue(held.delivery, rollout):
-            await asyncio.to_thread(self._prompts.acknowledge, [held.delivery])
+        group.stage = "handing over"
+        await self._hand_over(group, {one.rollout_id: to_rollout(one).SerializeToString() for one in rollouts})
 
     async def work(self) -> None:
         """
@@ -130,55 +122,89 @@ class Worker:
         """
         log.info("%s takes prompts, %d at once", self._settings.consumer, self._settings.prompts_in_flight)
         try:
-            async with asyncio.TaskGroup() as group:
-                beside = [group.create_task(self._renew()), group.create_task(self._beat())]
-                await self._take_prompts(group)
+            async with self._tasks:
+                beside = [self._tasks.create_task(self._renew()), self._tasks.create_task(self._beat())]
+                await self._take_prompts()
                 await self._finish()
                 for task in beside:
                     task.cancel()
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    async def _take_prompts(self, group: asyncio.TaskGroup) -> None:
+    async def _take_prompts(self) -> None:
         while not self.stopped.is_set():
-            room = self._settings.prompts_in_flight - len(self._in_hand)
+            room = self._settings.prompts_in_flight - self._in_hand()
             if room == 0:
                 await asyncio.wait(self._works(), timeout=0.2, return_when=asyncio.FIRST_COMPLETED)
                 continue
-            for delivery in await asyncio.to_thread(
+            found = await asyncio.to_thread(
                 self._prompts.consume, self._settings.consumer, room, CONSUME_BLOCK_S, self.stopped
-            ):
-                held = _InHand(delivery)
-                self._in_hand[delivery.entry_id] = held
-                held.work = group.create_task(self.roll_out(held))
-                held.work.add_done_callback(partial(self._let_go, held))
+            )
+            for group in grouped(await self._readable(found), self._settings.prompts_per_call):
+                self._begin(group)
+
+    async def _readable(self, deliveries: Sequence[Delivery]) -> list[InHand]:
+        readable = []
+        for delivery in deliveries:
+            try:
+                readable.append(InHand(delivery, read_task(delivery)))
+            except UnreadableTask as error:
+                await self._give_back(delivery, error)
+        return readable
+
+    def _begin(self, group: Group) -> None:
+        self._groups.add(group)
+        group.work = self._tasks.create_task(self.roll_out(group))
+        group.work.add_done_callback(lambda _: self._groups.discard(group))
 
     async def _finish(self) -> None:
-        if not self._in_hand:
+        if not self._groups:
             return
-        log.info("%d prompts in hand have %g s to finish", len(self._in_hand), self._settings.grace_s)
-        _, left = await asyncio.wait(self._works(), timeout=self._settings.grace_s)
-        for work in left:
+        log.info("%d prompts in hand have %g s to finish", self._in_hand(), self._settings.grace_s)
+        deadline_s = time.monotonic() + self._settings.grace_s
+        # Again and again, because a group that is taken apart begins others.
+        while self._groups and (left_s := deadline_s - time.monotonic()) > 0:
+            await asyncio.wait(self._works(), timeout=left_s)
+        for work in self._works():
             work.cancel()
-        if left:
-            log.info("%d prompts stay pending for the next start of %s", len(left), self._settings.consumer)
+        if left := self._in_hand():
+            log.info("%d prompts stay pending for the next start of %s", left, self._settings.consumer)
 
-    async def _enqueue(self, delivery: Delivery, rollout: Rollout) -> bool:
-        """False: the rollout can never be queued, and the prompt was given back."""
-        payload = to_rollout(rollout).SerializeToString()
+    async def _hand_over(self, group: Group, payloads: Mapping[str, bytes]) -> None:
+        """
+        Args:
+            payloads: rollouts by their id.
+        """
         began_s, pause_s = time.monotonic(), 0.05
         while True:
             try:
-                outcome = await asyncio.to_thread(self._rollouts.enqueue, rollout.rollout_id, payload)
+                queued = await asyncio.to_thread(self._enqueue, tuple(group.prompts), payloads)
             except RequestError as error:
-                await self._give_back(delivery, error)
-                return False
-            if outcome is not Enqueued.FULL:
-                self.counts["rollouts" if outcome is Enqueued.ADDED else "duplicates"] += 1
-                return True
+                await self._fail(group, error, together=len(group.prompts) > 1)
+                return
+            self.counts.update("rollouts" if outcome is Enqueued.ADDED else "duplicates" for outcome in queued.values())
+            await asyncio.to_thread(self._prompts.acknowledge, [prompt.delivery for prompt in queued])
+            for prompt in queued:
+                group.let_go(prompt)
+            if not group.prompts:
+                return
             self._check_full(began_s)
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
             pause_s = min(2 * pause_s, LONGEST_FULL_PAUSE_S)
+
+    def _enqueue(self, prompts: Sequence[InHand], payloads: Mapping[str, bytes]) -> dict[InHand, Enqueued]:
+        """In a thread, for all in one go: up to the first rollout that finds the stream full.
+
+        Raises:
+            RequestError: a rollout can never be queued.
+        """
+        queued: dict[InHand, Enqueued] = {}
+        for prompt in prompts:
+            outcome = self._rollouts.enqueue(prompt.task.rollout_id, payloads[prompt.task.rollout_id])
+            if outcome is Enqueued.FULL:
+                break
+            queued[prompt] = outcome
+        return queued
 
     def _check_full(self, began_s: float) -> None:
         if time.monotonic() - began_s >= self._settings.full_timeout_s:
@@ -186,6 +212,20 @@ class Worker:
                 f"the rollouts stream has been full for {self._settings.full_timeout_s:g} s; see that the trainer "
                 "runs, or raise rollouts.full_timeout_s"
             )
+
+    async def _fail(self, group: Group, error: Exception, *, together: bool) -> None:
+        """
+        Args:
+            together: the error was met by several prompts, of which perhaps one is to blame.
+        """
+        if together and not (isinstance(error, RlhfError) and may_pass(error)):
+            log.info("%d prompts are tried one by one, after: %s", len(group.prompts), error)
+            for alone in group.apart():
+                self._begin(alone)
+            return
+        for prompt in tuple(group.prompts):
+            await self._give_back(prompt.delivery, error)
+            group.let_go(prompt)
 
     async def _give_back(self, delivery: Delivery, error: Exception) -> None:
         """Counts a failure, or gives up at once what no second try can read."""
@@ -204,46 +244,27 @@ class Worker:
         """Holds what is in hand, and drops what has become somebody else's."""
         while True:
             await asyncio.sleep(self._redis.reclaim_idle_s / 3)
-            held = list(self._in_hand.values())
-            kept = await asyncio.to_thread(self._prompts.renew, [one.delivery for one in held])
+            held = [(group, prompt) for group in self._groups for prompt in group.prompts]
+            kept = await asyncio.to_thread(self._prompts.renew, [prompt.delivery for _, prompt in held])
             still_ours = {delivery.entry_id for delivery in kept}
-            for one in held:
-                if one.delivery.entry_id not in still_ours and one.work is not None:
-                    one.work.cancel()
+            for group, prompt in held:
+                if prompt.delivery.entry_id not in still_ours:
+                    group.lose(prompt)
 
     async def _beat(self) -> None:
         """Tells Redis what this worker does, for `rlhf status`."""
         while True:
-            stages = Counter(one.stage for one in self._in_hand.values())
-            fields = {"in_hand": len(self._in_hand), "stages": dict(stages), **self.counts}
+            stages = Counter(group.stage for group in self._groups for _ in group.prompts)
+            fields = {"in_hand": stages.total(), "stages": dict(stages), **self.counts}
             await asyncio.to_thread(self._registry.beat, "rollouts", self._settings.consumer, fields)
             await asyncio.sleep(min(1.0, self._redis.lease_s / 3))
 
+    def _in_hand(self) -> int:
+        """Prompts."""
+        return sum(len(group.prompts) for group in self._groups)
+
     def _works(self) -> list[asyncio.Task[None]]:
-        return [one.work for one in self._in_hand.values() if one.work is not None]
-
-    def _let_go(self, held: _InHand, _: asyncio.Task[None]) -> None:
-        # A prompt that failed may have been delivered again before this runs; that one stays.
-        if self._in_hand.get(held.delivery.entry_id) is held:
-            del self._in_hand[held.delivery.entry_id]
-
-
-class UnreadableTask(RlhfError):
-    """An entry of the prompts stream that holds no PromptTask, however often it is read."""
-
-
-def read_task(delivery: Delivery) -> PromptTask:
-    """
-    Raises:
-        UnreadableTask: the payload is no PromptTask, or one without prompt or completions.
-    """
-    try:
-        task = from_prompt_task(rollout_pb2.PromptTask.FromString(delivery.payload))
-    except (DecodeError, RequestError) as error:
-        raise UnreadableTask(f"the entry holds no PromptTask: {error}") from error
-    if len(task.token_ids) == 0 or task.sampling.completions == 0:
-        raise UnreadableTask("the PromptTask has no prompt tokens, or asks for no completions")
-    return task
+        return [group.work for group in self._groups if group.work is not None]
 
 
 async def both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, U]) -> tuple[T, U]:
