@@ -82,12 +82,8 @@ def test_log_odds_are_those_of_the_probabilities(classifier: SentimentClassifier
     assert classifier.log_odds(texts) == pytest.approx(np.log(p / (1 - p)))
 
 
-def test_tf_idf_is_another_classifier_that_learns_as_well(labelled: Path, classifier: SentimentClassifier) -> None:
-    other = SentimentClassifier.fit(labelled, 0, "tfidf")
-    assert other.heldout_accuracy > 0.93
-    texts = ["The plot is brilliant and the songs are lovely.", "The plot is awful and dull."]
-    good, bad = other.log_odds(texts)
-    assert good > 1 > -1 > bad
-    assert not np.allclose(other.log_odds(texts), classifier.log_odds(texts))
-    # Ten times the same says no more of it.
-    assert other.log_odds([" ".join(texts[:1] * 10)]) == pytest.approx(good, abs=0.5)
+def test_a_penalty_takes_weight_from_what_few_texts_have(labelled: Path, classifier: SentimentClassifier) -> None:
+    penalised = SentimentClassifier.fit(labelled, 0, inverse_penalty=0.01)
+    texts = ["The plot is brilliant.", "The plot is dull."]
+    assert (abs(penalised.log_odds(texts)) < 0.5 * abs(classifier.log_odds(texts))).all()
+    assert penalised.heldout_accuracy > 0.8

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer  # type: ignore[import-untyped]
+from sklearn.feature_extraction.text import CountVectorizer  # type: ignore[import-untyped]
 from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
 from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
@@ -21,28 +21,23 @@ LABELS = ("negative", "positive")
 _HELDOUT_FRACTION = 0.2
 _FEWEST = 10
 
-# One-letter words such as "I" count; scikit-learn's own pattern drops them.
-_WORDS = {"ngram_range": (1, 2), "token_pattern": r"(?u)\b\w+\b"}
-
 Floats = NDArray[np.float64]
-Features = Literal["counts", "tfidf"]
 
 
 @dataclass(frozen=True)
 class SentimentClassifier:
-    """Logistic regression on words and word pairs.
-
-    Two kinds of features, so that annotators and judge can differ in more than the texts they were fitted from:
-    `counts`, and `tfidf`, where frequent words and long texts weigh less.
-    """
+    """Logistic regression on counts of words and word pairs."""
 
     pipeline: Any
     heldout_accuracy: float
     """On labelled texts that it was not fitted from."""
 
     @classmethod
-    def fit(cls, source: str | Path, seed: int, features: Features = "counts") -> Self:
+    def fit(cls, source: str | Path, seed: int, inverse_penalty: float = 1.0) -> Self:
         """Fits on four fifths of the labelled rows; the rest gives `heldout_accuracy`.
+
+        Args:
+            inverse_penalty: scikit-learn's C. The smaller, the less a word counts that few texts have.
 
         Raises:
             DataError: a row without `text` or a known `label`, or fewer than 10 rows of a label.
@@ -55,7 +50,9 @@ class SentimentClassifier:
         fit_texts, heldout_texts, fit_labels, heldout_labels = train_test_split(
             texts, labels, test_size=_HELDOUT_FRACTION, random_state=seed, stratify=labels
         )
-        pipeline = _pipeline(features)
+        # One-letter words such as "I" count; scikit-learn's own pattern drops them.
+        counts = CountVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b")
+        pipeline = make_pipeline(counts, LogisticRegression(C=inverse_penalty, max_iter=1000))
         pipeline.fit(fit_texts, fit_labels)
         return cls(pipeline, float(pipeline.score(heldout_texts, heldout_labels)))
 
@@ -78,13 +75,6 @@ def read_labelled(source: str | Path) -> Iterator[tuple[str, str]]:
     """
     for row in read_rows(source):
         yield row.text("text"), _label(row)
-
-
-def _pipeline(features: Features) -> Any:
-    if features == "counts":
-        return make_pipeline(CountVectorizer(**_WORDS), LogisticRegression(max_iter=1000))
-    # TF-IDF's features are smaller than counts: the same penalty would hold their weights down too much.
-    return make_pipeline(TfidfVectorizer(sublinear_tf=True, **_WORDS), LogisticRegression(C=4, max_iter=1000))
 
 
 def _label(row: Row) -> str:

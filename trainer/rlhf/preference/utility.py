@@ -15,11 +15,12 @@ from rlhf.reward.rules import ScoreItem, load_rule
 Utility = Callable[[Sequence[ScoreItem]], NDArray[np.float64]]
 """[N], higher is liked better."""
 
+# Annotators who went by rare words would share no taste: there a classifier has learnt chance.
+_INVERSE_PENALTY = 0.1
+
 
 def load_utility(source: str | Path, seed: int) -> Utility:
     """The log-odds of a classifier that is fitted from a data file, or the rule of that name.
-
-    The judge of `rlhf.evaluate` goes by other features.
 
     Raises:
         DataError, RuleError: see `SentimentClassifier.fit` and `load_rule`.
@@ -27,5 +28,5 @@ def load_utility(source: str | Path, seed: int) -> Utility:
     if not is_data_file(source):
         rule = load_rule(str(source))
         return lambda items: rule.score(items).astype(np.float64)
-    classifier = SentimentClassifier.fit(source, seed, "tfidf")
+    classifier = SentimentClassifier.fit(source, seed, _INVERSE_PENALTY)
     return lambda items: classifier.log_odds([item.prompt + item.completion for item in items])
