@@ -457,7 +457,7 @@ def test_one_bad_prompt_does_not_take_the_others_with_it(run: Run, method: str) 
         async with run.working(backends) as worker:
             arrived = {delivery.item_id for delivery in await run.take(3)}
             assert arrived == {task.rollout_id for task in tasks if task.prompt_index != 2}
-            await until(lambda: settled(run))
+            await until(lambda: settled(run) and worker.counts["dead"] == 1)
             assert worker.counts == {"rollouts": 3, "failures": 2, "dead": 1}
 
     asyncio.run(scenario())
