@@ -495,7 +495,7 @@ def test_a_service_that_stays_away_is_a_failure(run: Run) -> None:
 
     async def scenario() -> None:
         async with run.working(Backends(before={"Score": gone}), unavailable_timeout_s=0.2) as worker:
-            await until(lambda: run.prompts.counts().dead == 1)
+            await until(lambda: worker.counts["dead"] == 1)
             assert worker.counts == {"failures": 2, "dead": 1}
 
     asyncio.run(scenario())
@@ -512,7 +512,7 @@ def test_a_service_that_stays_away_is_nobody_s_fault(run: Run, caplog: pytest.Lo
 
     async def scenario() -> None:
         async with run.working(Backends(before={"Score": gone}), unavailable_timeout_s=0.2) as worker:
-            await until(lambda: run.prompts.counts().dead == 2)
+            await until(lambda: worker.counts["dead"] == 2)
             assert worker.counts == {"failures": 4, "dead": 2}
 
     asyncio.run(scenario())
