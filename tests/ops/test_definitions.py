@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from rlhf.ops import gae, kl_penalty, logprobs_from_logits
+from rlhf.ops import definitions, gae, kl_penalty, logprobs_from_logits
 
 
 def test_logprobs_agree_with_float64_softmax():
@@ -43,16 +43,62 @@ def test_entropy_of_uniform_and_of_masked_logits():
     assert logprobs_from_logits(logits, labels, return_entropy=True).entropy.item() == pytest.approx(math.log(4))
 
 
-def test_gradient_of_the_definition():
-    logits = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
-    labels = torch.tensor([1, 4])
+def test_gradients_of_the_definitions():
+    logits, ref_logits = torch.randn(2, 3, 5, dtype=torch.float64)
+    labels = torch.tensor([1, -100, 4])
 
-    def both(x):
-        output = logprobs_from_logits(x, labels, 0.5, return_entropy=True)
-        return output.logprobs, output.entropy
+    def outputs(z):
+        found = definitions.logprobs_kl_from_logits(z, ref_logits, labels, 0.5)
+        return found.logprobs, found.kl, found.entropy, found.logsumexp
 
-    # The definition computes in float32, so finite differences need room.
-    assert gradcheck(both, (logits,), eps=1e-2, atol=1e-2, rtol=1e-2)
+    assert gradcheck(outputs, (logits.requires_grad_(),))
+
+
+def test_gradients_of_the_linear_definition():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+        for shape in ((2, 3), (5, 3), (5,))
+    )
+    ref_hidden = torch.randn(2, 3, dtype=torch.float64, generator=generator)
+    # A copy: gradcheck changes the inputs in place.
+    ref_weight = weight.detach().clone()
+
+    def outputs(h, w, b):
+        found = definitions.fused_linear_logprobs(
+            h, w, torch.tensor([1, 4]), ref_hidden_states=ref_hidden, ref_lm_head_weight=ref_weight,
+            lm_head_bias=b, logits_dtype=torch.float64,
+        )  # fmt: skip
+        return found.logprobs, found.kl, found.entropy, found.logsumexp
+
+    assert gradcheck(outputs, (hidden, weight, bias))
+
+
+def test_the_exact_kl_is_the_sum_over_the_vocabulary():
+    logits, ref_logits = torch.randn(2, 4, 9, dtype=torch.float64)
+    p, r = logits.softmax(-1), ref_logits.softmax(-1)
+    found = definitions.logprobs_kl_from_logits(logits, ref_logits, torch.zeros(4, dtype=torch.int64))
+    torch.testing.assert_close(found.kl, (p * (p / r).log()).sum(-1))
+    torch.testing.assert_close(found.entropy, -(p * p.log()).sum(-1))
+
+
+def test_estimators_are_finite_in_value_and_gradient_however_large_the_difference():
+    for d in (-1000.0, -100.0, -81.0, -80.0, 0.0, 80.0, 1000.0):
+        for name in ("k1", "k2", "k3", "abs"):
+            logprobs = torch.tensor([d], requires_grad=True)
+            estimate = kl_penalty(logprobs, torch.zeros(1), name)
+            estimate.sum().backward()
+            assert estimate.isfinite().all() and logprobs.grad.isfinite().all(), (d, name)
+
+
+@pytest.mark.parametrize("d", [1e-6, -1e-4, 1e-3, 0.0299, -0.0301, 0.5, -3.0])
+def test_k3_and_its_gradient_keep_their_digits(d):
+    x = torch.tensor([d], requires_grad=True)
+    estimate = kl_penalty(x, torch.zeros(1), "k3")
+    estimate.sum().backward()
+    exact = x.detach().double()
+    torch.testing.assert_close(estimate.double(), torch.expm1(-exact) + exact + (0.0), rtol=2e-5, atol=1e-17)
+    torch.testing.assert_close(x.grad.double(), -torch.expm1(-exact), rtol=2e-5, atol=0)
 
 
 def test_wrong_shapes_and_temperatures_are_named():
