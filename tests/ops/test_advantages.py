@@ -6,10 +6,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from support.ops_cases import DEVICE
 
 from rlhf.ops import gae
 from rlhf.ops.advantages import gae_definition
+from support.ops_cases import DEVICE
 
 
 @settings(max_examples=30)

@@ -2,8 +2,8 @@
 
 The budget is what one position of the vocabulary may cost where reading memory is to be the limit: an H200 that reads
 4.3 TB/s passes a position of one model's bfloat16 logits while its schedulers issue 13.8 instructions of a thread, and
-its special function units compute 1.72 exponentials; two models, twice that; a gradient written in place moves four bytes
-(27.6) or, with the reference, six (41.4).
+its special function units compute 1.72 exponentials; two models, twice that; a gradient written in place moves four
+bytes (27.6) or, with the reference, six (41.4).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from support import ahead_of_time
 
 TARGETS = {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.ops_cases import DEVICE, KERNELS, case, gradients, loss, upstream
 
 from rlhf.ops import PpoTerms, dispatch, fused_linear_logprobs, fused_linear_ppo_loss, gae, logprobs_kl_from_logits
 from rlhf.ops import linear as linear_module
 from rlhf.ops import logprobs as logprobs_module
 from rlhf.ops import ppo as ppo_module
+from support.ops_cases import DEVICE, KERNELS, case, gradients, loss, upstream
 
 KERNEL_NAMES = {"row_partials", "row_outputs", "row_gradient", "gae_scan"}
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.ops_cases import DEVICE, GRADIENT_TOLERANCE, assert_no_worse, gradients, loss, upstream
 from torch import Tensor
 
 from rlhf.ops import LogprobOutput, definitions, fused_linear_logprobs
+from support.ops_cases import DEVICE, GRADIENT_TOLERANCE, assert_no_worse, gradients, loss, upstream
 
 KEPT, RECOMPUTED = 2**28, 1
 
@@ -133,7 +133,8 @@ def test_a_frozen_output_layer_costs_no_gradient(workspace_bytes, monkeypatch):
     arguments["hidden_states"].requires_grad_()
     fused_linear_logprobs(**arguments, workspace_bytes=workspace_bytes).logprobs.sum().backward()
     assert asked == [(True, False, False)]
-    assert arguments["lm_head_weight"].grad is None and (arguments["hidden_states"].grad != 0).any()
+    assert arguments["lm_head_weight"].grad is None
+    assert (arguments["hidden_states"].grad != 0).any()
 
 
 def test_padding_of_the_vocabulary_has_no_probability():
@@ -144,7 +145,9 @@ def test_padding_of_the_vocabulary_has_no_probability():
     for name in found._fields:
         torch.testing.assert_close(getattr(found, name).double(), getattr(exact, name), atol=1e-5, rtol=0)
     _, weight, bias = all_gradients(fused_linear_logprobs, arguments, valid_vocab_size=600)
-    assert (weight[600:] == 0).all() and (bias[600:] == 0).all() and (weight[:600] != 0).any()
+    assert (weight[600:] == 0).all()
+    assert (bias[600:] == 0).all()
+    assert (weight[:600] != 0).any()
 
 
 def test_sixteen_bit_logits_are_worse_where_models_almost_agree():

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from support.ops_cases import DEVICE, GRADIENT_TOLERANCE, assert_no_worse, gradients
 from torch import Tensor
 
 from rlhf.ops import LogprobOutput, PpoTerms, definitions, fused_linear_ppo_loss, policy_loss, ppo_loss
+from support.ops_cases import DEVICE, GRADIENT_TOLERANCE, assert_no_worse, gradients
 
 
 def batch(dtype: torch.dtype = torch.float32, tokens: int = 40, vocab: int = 600) -> dict[str, Tensor]:
@@ -87,7 +87,8 @@ def test_what_the_loss_was_made_of():
         torch.testing.assert_close(getattr(found.tokens, name), getattr(tokens, name), atol=1e-5, rtol=0)
     mask = arguments["labels"] != -100
     _, clipped_mask = policy_loss(tokens.logprobs, arguments["old_logprobs"], arguments["advantages"], mask, 0.2, 0.2)
-    assert torch.equal(found.clipped_mask, clipped_mask) and clipped_mask.any()
+    assert torch.equal(found.clipped_mask, clipped_mask)
+    assert clipped_mask.any()
 
 
 def test_estimators_do_with_the_references_logprobs():

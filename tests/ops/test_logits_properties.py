@@ -8,9 +8,9 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from support.ops_cases import DEVICE, KERNELS, case, gradients, loss, upstream
 
 from rlhf.ops import dispatch, logprobs_from_logits, logprobs_kl_from_logits
+from support.ops_cases import DEVICE, KERNELS, case, gradients, loss, upstream
 
 
 @settings(max_examples=40)
@@ -29,9 +29,11 @@ def test_bounds(seed, vocab, spread, apart, temperature, dtype):
     labels = torch.randint(vocab, (3,), generator=generator).to(DEVICE)
     logits, ref_logits = logits.to(DEVICE, dtype), ref_logits.to(DEVICE, dtype)
     found = logprobs_kl_from_logits(logits, ref_logits, labels, temperature)
-    assert (found.logprobs <= 1e-6).all() and (found.ref_logprobs <= 1e-6).all()
+    assert (found.logprobs <= 1e-6).all()
+    assert (found.ref_logprobs <= 1e-6).all()
     assert (found.kl >= -1e-6).all()
-    assert (found.entropy >= -1e-5).all() and (found.entropy <= math.log(vocab) + 1e-5).all()
+    assert (found.entropy >= -1e-5).all()
+    assert (found.entropy <= math.log(vocab) + 1e-5).all()
     same = logprobs_kl_from_logits(logits, logits, labels, temperature)
     assert (same.kl == 0).all()
     weights = upstream(labels.shape)[:3]
@@ -53,7 +55,8 @@ def test_ignored_labels_give_zero_and_no_gradient():
     assert all((getattr(found, name)[1] == 0) for name in found._fields)
     if KERNELS:
         (gradient,) = gradients(lambda z: loss(logprobs_kl_from_logits(z, ref_logits, labels), weights), logits)
-        assert (gradient[1] == 0).all() and (gradient[0] != 0).any()
+        assert (gradient[1] == 0).all()
+        assert (gradient[0] != 0).any()
     everything = logprobs_kl_from_logits(logits, ref_logits, torch.full_like(labels, -100))
     assert all((getattr(everything, name) == 0).all() for name in everything._fields)
 
@@ -68,7 +71,8 @@ def test_not_a_number_stays_not_a_number():
     assert [row.item() for row in found.ref_logprobs.isnan()] == [False, False, True, False]
     assert [row.item() for row in found.kl.isnan()] == [True, False, True, False]
     (gradient,) = gradients(lambda z: logprobs_from_logits(z, labels).logprobs.sum(), logits)
-    assert gradient[0].isnan().all() and gradient[3].isfinite().all()
+    assert gradient[0].isnan().all()
+    assert gradient[3].isfinite().all()
 
 
 def test_two_runs_are_identical():

@@ -49,7 +49,9 @@ def upstream(shape: torch.Size) -> list[Tensor]:
 
 def loss(output: LogprobOutput, weights: list[Tensor]) -> Tensor:
     """A scalar that depends on every differentiable output."""
-    assert output.kl is not None and output.entropy is not None and output.logsumexp is not None
+    assert output.kl is not None
+    assert output.entropy is not None
+    assert output.logsumexp is not None
     parts = (output.logprobs, output.kl, output.entropy, output.logsumexp)
     return torch.stack([(part * weight).sum() for part, weight in zip(parts, weights, strict=True)]).sum()
 

@@ -1,4 +1,4 @@
-"""What the public functions ask of their arguments. Every message names the argument, the rule and what was received."""
+"""What the public functions ask of their arguments. A message names argument, rule and what was received."""
 
 from __future__ import annotations
 

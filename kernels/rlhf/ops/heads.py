@@ -12,8 +12,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rlhf.ops.dispatch import uses_triton
-
 
 class Head:
     """One model's hidden states [N, H] and output layer, weight [V, H] and bias [V]."""

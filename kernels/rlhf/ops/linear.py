@@ -7,8 +7,8 @@
     merge the statistics: all outputs                 d weight[slice] = gradientᵀ · hidden
                                                       d hidden       += gradient · weight[slice]
 
-Slices of the vocabulary rather than of the tokens: each row of d weight is one product, written once, and only d hidden,
-which is small, is accumulated. The backward pass computes the logits again unless they all fit into the workspace.
+Slices of the vocabulary rather than of the tokens: each row of d weight is one product, written once, and only d hidden
+is accumulated. The backward pass computes the logits again unless they all fit into the workspace.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def fused_linear_logprobs(
     the reference's hidden states, its log-probs and the exact KL(p ‖ r); the logits never exist all at once.
 
     With N tokens, k models and b bytes a logit, what is needed beside inputs and results is about
-    k · N · columns · b bytes forward and (k · b + bytes of the hidden states' dtype) · N · columns + 4 · N · H backward,
-    where `columns`, the width of a slice, is the largest that fits into the workspace. Where the logits of all models
-    fit, they are kept instead, and the backward pass saves their products.
+    k · b · N · columns bytes forward and (k · b + bytes of the hidden states' dtype) · N · columns + 4 · N · H
+    backward, where `columns`, the width of a slice, is the largest that fits into the workspace. Where the logits of
+    all models fit, they are kept instead, and the backward pass saves their products.
 
     Args:
         hidden_states: [..., H] float32, bfloat16 or float16; what the output layer reads. Under autocast it and the
@@ -136,7 +136,8 @@ def check_reference(reference: _Layer, policy: _Layer, logits_dtype: torch.dtype
     expected, received = policy[0].shape[:-1], reference[0].shape[:-1]
     if received != expected:
         raise ValueError(
-            f"ref_hidden_states: shape {(*expected, reference[0].shape[-1])} expected, {tuple(reference[0].shape)} received"
+            f"ref_hidden_states: shape {(*expected, reference[0].shape[-1])} expected, "
+            f"{tuple(reference[0].shape)} received"
         )
     if len(reference[1]) != len(policy[1]):
         raise ValueError(f"ref_lm_head_weight: {len(policy[1])} rows expected, {len(reference[1])} received")

@@ -24,7 +24,7 @@ from rlhf.ops import linear, parallel, rows
 from rlhf.ops.checks import check_head, check_labels, check_temperature
 from rlhf.ops.dispatch import uses_triton
 from rlhf.ops.heads import Head, HeadGradient, default_workspace_bytes, slices
-from rlhf.ops.losses import LossKl, PpoTerms, ppo_loss
+from rlhf.ops.losses import PpoTerms, ppo_loss
 from rlhf.ops.output import LogprobOutput
 
 
@@ -38,6 +38,9 @@ class PpoLossOutput(NamedTuple):
     """bool: whether the clip held the ratio back."""
 
 
+PLAIN = PpoTerms()
+
+
 def fused_linear_ppo_loss(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -45,7 +48,7 @@ def fused_linear_ppo_loss(
     old_logprobs: Tensor,
     advantages: Tensor,
     *,
-    terms: PpoTerms = PpoTerms(),
+    terms: PpoTerms = PLAIN,
     ref_logprobs: Tensor | None = None,
     ref_hidden_states: Tensor | None = None,
     ref_lm_head_weight: Tensor | None = None,
@@ -61,8 +64,8 @@ def fused_linear_ppo_loss(
     """`losses.ppo_loss` of `fused_linear_logprobs`, in one pass.
 
     With k models and b bytes a logit it needs, beside inputs and results, (k · b + bytes of the hidden states' dtype) ·
-    rows · V for the rows that fit into the workspace, 4 · N · H for the gradient of the hidden states, and 4 · V · H for
-    that of the weight unless it is frozen.
+    rows · V for the rows that fit into the workspace, 4 · N · H for the gradient of the hidden states, and 4 · V · H
+    for that of the weight unless it is frozen.
 
     Args:
         old_logprobs, advantages: float32 of the labels' shape; read where the label is not ignored.
@@ -227,8 +230,9 @@ def _upstream(
 
 @contextmanager
 def _autograd() -> Iterator[None]:
-    """Autograd within a custom operator, whose body runs below it: the loss is differentiated by its one definition, not
-    by a second formula. The guard is torch's own and not public; without it the gradient is refused, never wrong."""
+    """Autograd within a custom operator, whose body runs below it: the loss is differentiated by its one definition,
+    not by a second formula. The guard is torch's own and not public; without it the gradient is refused, never wrong.
+    """
     keys = torch._C.DispatchKey
     with (
         torch.enable_grad(),

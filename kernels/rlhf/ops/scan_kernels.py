@@ -1,8 +1,8 @@
 """Triton kernel for generalised advantage estimation: a reverse scan over time.
 
-A response token maps what comes after it, (V', A'), to (V, A) = (V_t, r_t - V_t + γ V' + γλ A'); any other token maps it
-to itself. Such maps, (V, A) = (v + k V', c + b V' + a A'), compose to one of the same form, so that a block of time is
-one associative scan; blocks follow each other from the end, each starting from the next one's (V', A').
+A response token maps what comes after it, (V', A'), to (V, A) = (V_t, r_t - V_t + γ V' + γλ A'); any other token maps
+it to itself. Such maps, (V, A) = (v + k V', c + b V' + a A'), compose to one of the same form, so that a block of time
+is one associative scan; blocks follow each other from the end, each starting from the next one's (V', A').
 """
 
 # mypy: disable-error-code="no-untyped-def"
