@@ -93,6 +93,11 @@ class RunPaths:
         return self.folder / "weights"
 
     @property
+    def blobs(self) -> Path:
+        """Step 3: hidden states on their way from the reference service to the trainer, named by their sha256."""
+        return self.folder / "blobs"
+
+    @property
     def checkpoints(self) -> Path:
         """Step 3: the trainer's checkpoints, one folder `<number>-<step>` each."""
         return self.folder / "checkpoints"

@@ -1,7 +1,7 @@
 """The records that travel, as frozen dataclasses over numpy arrays.
 
 Shapes: `P` prompt tokens, `R` response tokens, `T` tokens of one completion's sequence (prompt and response), `M`
-members of a reward ensemble. Arrays are read-only by convention: nobody writes into a record it was given.
+members of a reward ensemble, `H` hidden. Arrays are read-only by convention: nobody writes into a record it was given.
 """
 
 from __future__ import annotations
@@ -98,6 +98,29 @@ class Stopping:
 
 
 @dataclass(frozen=True)
+class Blob:
+    """Bytes in a file of a folder that writer and reader share; `rlhf.wire.blobs` writes and reads them."""
+
+    uri: str
+    """file:///…"""
+    size_bytes: int
+    sha256: str
+    """Lower-case hex; the file's name too."""
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """What a model's output layer reads, one row per token. Bytes rather than an array: numpy has no bfloat16."""
+
+    dtype: str
+    """"float32", "bfloat16" or "float16"."""
+    shape: tuple[int, int]
+    """Tokens and hidden size, [R, H]."""
+    content: bytes | Blob
+    """C order, little-endian."""
+
+
+@dataclass(frozen=True)
 class PromptTask:
     """One prompt to be answered K times. Written by the trainer's prompt source, read by a rollout worker."""
 
@@ -117,6 +140,8 @@ class PromptTask:
     at_least: WeightVersion | None
     """The policy must not be older. None: any."""
     tokenizer_sha256: str
+    ref_hidden_states: bool = False
+    """The reference is asked for hidden states in place of log-probs."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +174,8 @@ class ScoredCompletion:
     """[T], True = sampled by the policy."""
     logprobs: Floats
     """[T], at the sampling temperature; NaN where the mask is False."""
-    ref_logprobs: Floats
-    """[T], by the reference at the same temperature; NaN where the mask is False."""
+    ref_logprobs: Floats | None
+    """[T], by the reference at the same temperature; NaN where the mask is False. None: `ref_hidden` is there."""
     score: float
     member_scores: Floats
     """[M]"""
@@ -160,6 +185,8 @@ class ScoredCompletion:
     finish_reason: FinishReason
     seed: int
     text: str
+    ref_hidden: HiddenStates | None = None
+    """[R, H], the reference's: one row for each token where the mask is True. None: `ref_logprobs` is there."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""Arrays too large for a message, as files of a folder that writer and reader share at the same path.
+
+A file is named by the sha256 of what it holds, so it never changes: writing it again only makes it younger. It appears
+complete or not at all, except to a power cut, which the hash finds out: what is lost can be computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+import uuid
+from collections.abc import Container
+from pathlib import Path
+
+from rlhf.errors import RequestError, StorageError
+from rlhf.wire.records import Blob
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+_OURS = re.compile(r"\.?([0-9a-f]{64})(\.[0-9a-f]{32}\.tmp)?")
+"""Blobs, and what a kill leaves of one that was being written."""
+
+
+def write_blob(folder: Path, data: bytes) -> Blob:
+    """
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    sha256 = hashlib.sha256(data).hexdigest()
+    folder = folder.resolve()
+    temporary = folder / f".{sha256}.{uuid.uuid4().hex}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(folder / sha256)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{folder}: a blob of {len(data)} bytes could not be written: {error.strerror}; make room, or name another "
+            "folder in reference.blobs"
+        ) from error
+    return Blob((folder / sha256).as_uri(), len(data), sha256)
+
+
+def read_blob(folder: Path, blob: Blob) -> bytes:
+    """
+    Raises:
+        RequestError: the blob is not of this folder, is not there, or is not what its size and hash say.
+        StorageError: the file cannot be read.
+    """
+    path = _path(folder.resolve(), blob)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise RequestError(
+            f"{blob.uri}: there is no such blob; it was removed, or reference service and trainer share no folder"
+        ) from error
+    except OSError as error:
+        raise StorageError(f"{path}: the blob cannot be read: {error.strerror}") from error
+    if len(data) != blob.size_bytes:
+        raise RequestError(f"{blob.uri}: {blob.size_bytes} bytes expected, the file has {len(data)}")
+    if hashlib.sha256(data).hexdigest() != blob.sha256:
+        raise RequestError(f"{blob.uri}: its content is not that of its sha256; the file was altered or damaged")
+    return data
+
+
+def remove_blobs(folder: Path, keep: Container[str], older_than_s: float) -> int:
+    """Removes what nobody will ask for, and says how many files that were.
+
+    Args:
+        keep: sha256 of blobs that stay, however old.
+        older_than_s: others stay until they are this old; long enough for a blob to be named in a message and arrive.
+
+    Raises:
+        StorageError: the folder cannot be read or written.
+    """
+    try:
+        paths = list(folder.iterdir()) if folder.exists() else []
+        named = [(path, _OURS.fullmatch(path.name)) for path in paths]
+        unwanted = [path for path, ours in named if ours and ours[1] not in keep]
+        return sum(_removed(path, time.time() - older_than_s) for path in unwanted)
+    except OSError as error:
+        raise StorageError(f"{folder}: old blobs could not be removed: {error.strerror}") from error
+
+
+def _removed(path: Path, written_before_s: float) -> bool:
+    """A file that is being written has another name from one moment to the next."""
+    try:
+        if path.stat().st_mtime >= written_before_s:
+            return False
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _path(folder: Path, blob: Blob) -> Path:
+    """The URI comes from the network: rather than to be followed, it must be the one that `write_blob` gave."""
+    path = folder / blob.sha256
+    if not _SHA256.fullmatch(blob.sha256) or blob.uri != path.as_uri():
+        raise RequestError(
+            f"{blob.uri}: not a blob of {folder}; give reference service and trainer one folder in reference.blobs"
+        )
+    return path
