@@ -29,6 +29,10 @@ demo: setup ## all three steps on one machine, from nothing to an improved polic
 
 test: setup ## the suite that needs nothing but pip
 	$(BIN)/pytest -n 2 --dist loadgroup -m "not system and not docker"
+	@$(MAKE) --no-print-directory test-kernels
+
+test-kernels: setup ## part of make test: the kernels, in Triton's interpreter; no GPU is needed
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q tests/ops --ignore tests/ops/test_ahead_of_time.py
 
 test-system: setup ## the tests that need more than pip: Debian's redis-server
 	$(BIN)/pytest -m system
@@ -93,4 +97,4 @@ clean: ## remove .venv, caches and generated code; runs/ stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f protos/rlhf/v1/*_pb2*
 
-.PHONY: help setup demo test test-system test-docker engine up down logs status report token bench check format protos clean
+.PHONY: help setup demo test test-kernels test-system test-docker engine up down logs status report token bench check format protos clean

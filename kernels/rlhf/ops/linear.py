@@ -313,7 +313,7 @@ def _gradient(
     return (
         found.hidden.to(hidden.dtype),
         found.weight,
-        found.bias if bias is None else found.bias.to(bias.dtype),
+        found.bias.to(weight.dtype),
     )
 
 
@@ -324,7 +324,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[
     def new(like: Tensor, wanted: bool) -> Tensor:
         return like.new_empty(like.shape if wanted else 0)
 
-    return new(hidden, needs_hidden), new(weight, needs_weight), new(hidden if bias is None else bias, needs_bias)
+    return new(hidden, needs_hidden), new(weight, needs_weight), weight.new_empty(len(weight) if needs_bias else 0)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: _Nine) -> None:

@@ -146,11 +146,12 @@ def _loss(
     with torch.autocast(hidden.device.type, enabled=False):
         process_group = parallel.resolve(group)
         head, ref_head = linear.heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, logits_dtype)
-        found = HeadGradient(hidden, weight, (needs[0], needs[1], needs[2]), accumulate=True)
+        at_once = _rows_at_once(head, has_ref, workspace_bytes)
+        found = HeadGradient(hidden, weight, (needs[0], needs[1], needs[2]), accumulate=len(hidden) > at_once)
         outputs = rows.new_outputs(len(hidden), has_ref, hidden.device)
         clipped_mask = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for part in slices(len(hidden), _rows_at_once(head, has_ref, workspace_bytes)):
+        for part in slices(len(hidden), at_once):
             share = linear.share(labels[part], temperature, ignore_index, vocab, len(weight), process_group)
             chunk = _Chunk(head, ref_head, part, *share, process_group)
             mask = labels[part] != ignore_index
@@ -170,7 +171,7 @@ def _loss(
         loss,
         found.hidden.to(hidden.dtype),
         found.weight.to(weight.dtype),
-        found.bias if bias is None else found.bias.to(bias.dtype),
+        found.bias.to(weight.dtype),
         clipped_mask,
         *outputs[:6],
     )
@@ -263,7 +264,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ref_h
         hidden.new_empty((), dtype=torch.float32),
         new(hidden, needs[0]),
         new(weight, needs[1]),
-        new(hidden if bias is None else bias, needs[2]),
+        weight.new_empty(len(weight) if needs[2] else 0),
         hidden.new_empty(len(labels), dtype=torch.bool),
         *outputs[:6],
     )
