@@ -44,11 +44,18 @@ def measure(options: Options) -> Measured:
     with scratch() as folder:
         parameters = make_model(folder / "model", quick=options.quick)
         model = load_causal_lm(folder / "model")
+        # `generate` takes the model's own where the configuration given to it has None.
+        model.generation_config.eos_token_id = None  # type: ignore[union-attr]
         asked = asks(count, vocab_size=model.config.vocab_size, longest=options.size(MAX_NEW_TOKENS, 12))
         engine = _engine(model, folder / "model", in_flight)
         # Under a load, so that the first time counts for none.
-        through_engine(engine, asked[:in_flight], in_flight)
-        through_transformers(model, asked[:in_flight], in_flight)
+        first = asked[:in_flight]
+        expect_equal(
+            "tokens of the first batch",
+            engine=through_engine(engine, first, in_flight).tokens,
+            transformers=through_transformers(model, first, in_flight).tokens,
+            asked=sum(ask.new_tokens for ask in first),
+        )
         with policy_service(folder / "model", folder / "policy.log", threads=THREADS) as policy:
             closed_loop(policy.address, asked[:in_flight], in_flight)
             ways = {
