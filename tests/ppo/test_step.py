@@ -10,12 +10,12 @@ from torch import nn
 from rlhf.errors import StageFailed
 from rlhf.models.causal import disable_dropout
 from rlhf.models.reward import RewardModel
-from rlhf.ops import kl_penalty
+from rlhf.ops import kl_penalty, policy_loss
 from rlhf.ppo.experience import gather, minibatches
 from rlhf.ppo.kl_control import KlController
-from rlhf.ppo.learner import Learner, Targets
-from rlhf.ppo.losses import policy_loss, value_loss
-from rlhf.ppo.rewards import shaped_scores, token_rewards, whiten
+from rlhf.ppo.learner import Assessment, Learner, Targets
+from rlhf.ppo.losses import value_loss
+from rlhf.ppo.rewards import shaped_scores, token_kl, token_rewards, whiten
 from rlhf.ppo.settings import CriticSettings, KlSettings, PpoSettings
 from rlhf.ppo.step import PpoStep
 from rlhf.wire.records import FinishReason
@@ -45,7 +45,7 @@ def critic_over(policy):
     return Critic()
 
 
-def new_step(*, kl=None, critic="separate", temperature=1.0, **settings):
+def new_step(*, kl=None, critic="separate", temperature=1.0, reference=None, **settings):
     policy = tiny_lm()
     disable_dropout(policy)
     learner = Learner(
@@ -53,6 +53,8 @@ def new_step(*, kl=None, critic="separate", temperature=1.0, **settings):
         critic_over(policy) if critic == "separate" else None,
         PpoSettings(**{"epochs": 2, "lr": 1e-3, **settings}),
         CriticSettings(kind=critic, lr=1e-3),
+        kl or KlSettings(),
+        reference=reference,
         temperature=temperature,
         pad_id=tiny_tokenizer().pad_token_id,
     )
@@ -118,7 +120,7 @@ def test_the_gradient_is_that_of_the_plain_formula():
     order = torch.arange(experience.sequences)
     before = step.learner.assess(experience, next(minibatches(experience, 1, 10_000, order)))
     advantages = torch.randn(len(experience.token_ids), generator=torch.Generator().manual_seed(2))
-    targets = Targets(before.logprobs - 0.3, before.values, advantages, before.values)
+    targets = Targets(before.logprobs - 0.3, before.ref_logprobs, before.values, advantages, before.values)
 
     total, tokens = torch.zeros(()), 0
     for row in range(experience.sequences):
@@ -174,10 +176,17 @@ def replace_setting(settings, **changes):
     return settings.model_copy(update=changes)
 
 
+def before_of(experience):
+    """An assessment that knows nothing but the reference's log-probs."""
+    nothing = torch.zeros(len(experience.token_ids))
+    return Assessment(nothing, experience.ref_logprobs, None, nothing, nothing)
+
+
 def test_rewards_are_the_kl_penalty_with_the_score_on_the_last_response_token():
     completion = scored([1, 2, 3, 4], 2, score=5.0, logprobs=[-1.0, -2.0], ref_logprobs=[-1.5, -1.0])
     experience = gather([rollout(0, completion), rollout(1, scored([1, 2], 1, score=-1.0))])
-    rewards, kl = token_rewards(experience, experience.scores, experience.service_logprobs, 0.1, KlSettings())
+    kl = token_kl(before_of(experience), experience.service_logprobs, experience.response_mask, "k1")
+    rewards = token_rewards(experience, experience.scores, kl, 0.1)
     assert rewards.tolist() == pytest.approx([0.0, 0.0, -0.05, 5.1, 0.0, -1.0])
     assert kl.tolist() == pytest.approx([0.0, 0.0, 0.5, -1.0, 0.0, 0.0])
 
@@ -187,7 +196,7 @@ def test_token_rewards_of_the_service_are_added():
         scored([1, 2, 3], 1, score=1.0), token_rewards=torch.tensor([9.0, 0.25, 0.5], dtype=torch.float32).numpy()
     )
     experience = gather([rollout(0, completion)])
-    rewards, _ = token_rewards(experience, experience.scores, experience.ref_logprobs, 0.0, KlSettings())
+    rewards = token_rewards(experience, experience.scores, torch.zeros(3), 0.0)
     assert rewards.tolist() == [0.0, 0.25, 1.5], "what stands on the prompt does not count"
 
 
@@ -203,11 +212,10 @@ def test_clipped_losses_by_hand():
     old, mask = torch.zeros(1, 4), torch.tensor([[True, True, True, False]])
     logprobs = torch.tensor([[0.5, -0.5, 0.0, float("nan")]])
     advantages = torch.tensor([[1.0, 1.0, -2.0, float("nan")]])
-    total, clipped = policy_loss(logprobs, old, advantages, mask, 0.2)
+    total, clipped = policy_loss(logprobs, old, advantages, mask, 0.2, 0.2)
     assert total.item() == pytest.approx(-1.2 - 0.60653 + 2.0, abs=1e-4)
     assert clipped.tolist() == [[True, False, False, False]]
-    values = torch.tensor([[1.0, 0.1, 0.0, float("nan")]])
-    loss = value_loss(values, torch.zeros(1, 4), torch.tensor([[1.0, 1.0, 1.0, float("nan")]]), mask, 0.2)
+    loss = value_loss(torch.tensor([1.0, 0.1, 0.0]), torch.zeros(3), torch.ones(3), 0.2)
     assert loss.item() == pytest.approx(0.5 * (0.8**2 + 0.9**2 + 1.0), abs=1e-5)
 
 
@@ -231,7 +239,7 @@ def test_a_reward_model_serves_as_critic(tmp_path):
     """Its normalisation applies, so that values start on the scale of the scores."""
     policy = tiny_lm()
     critic = RewardModel.load(tiny_reward_folder(tmp_path / "reward", mean=0.25, std=0.5))
-    learner = Learner(policy, critic, PpoSettings(), CriticSettings(), temperature=1.0, pad_id=0)
+    learner = Learner(policy, critic, PpoSettings(), CriticSettings(), KlSettings(), temperature=1.0, pad_id=0)
     experience = gather([rollout(0, scored([5, 6, 7, 8], 2))])
     values = learner.assess(experience, next(minibatches(experience, 1, 100, torch.arange(1)))).values
     # The state before the last token is the first three; the reward model scores just those.
@@ -240,10 +248,10 @@ def test_a_reward_model_serves_as_critic(tmp_path):
 
 
 def test_what_lies_outside_the_mask_reaches_no_gradient():
-    values = torch.tensor([[1.0, 2.0]], requires_grad=True)
-    mask, nan = torch.tensor([[True, False]]), torch.tensor([[0.0, float("nan")]])
-    value_loss(values, nan, nan, mask, 0.2).backward()
-    assert values.grad.tolist() == [[1.0, 0.0]]
+    logprobs = torch.tensor([-1.0, float("nan")], requires_grad=True)
+    mask, nan = torch.tensor([True, False]), torch.tensor([-1.0, float("nan")])
+    policy_loss(logprobs, nan, nan, mask, 0.2, 0.2)[0].backward()
+    assert logprobs.grad.tolist() == [1.0, 0.0]
 
 
 def test_a_score_that_is_not_finite_ends_the_step_before_the_weights_change():

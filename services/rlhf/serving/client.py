@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -137,6 +137,20 @@ def call_sync(method: Callable[..., Answer], request: Any, *, timeout_s: float, 
         return method(request, timeout=timeout_s, wait_for_ready=wait_for_ready)
     except grpc.RpcError as failed:
         raise from_rpc_error(failed, _name(method)) from None  # type: ignore[arg-type]
+
+
+def stream_sync(
+    method: Callable[..., Any], request: Any, *, timeout_s: float, wait_for_ready: bool = False
+) -> Iterator[Any]:
+    """`stream` on a channel from `connect_sync`."""
+    _check_timeout(timeout_s, method)
+    answers = method(request, timeout=timeout_s, wait_for_ready=wait_for_ready)
+    try:
+        yield from answers
+    except grpc.RpcError as failed:
+        raise from_rpc_error(failed, _name(method)) from None  # type: ignore[arg-type]
+    finally:
+        answers.cancel()
 
 
 def _check_timeout(timeout_s: float, method: object) -> None:

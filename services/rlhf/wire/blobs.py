@@ -1,7 +1,8 @@
 """Arrays too large for a message, as files of a folder that writer and reader share at the same path.
 
-A file is named by the sha256 of what it holds, so it never changes: writing it again only makes it younger. It appears
-complete or not at all, except to a power cut, which the hash finds out: what is lost can be computed again.
+A file never changes, and belongs to one message: equal content is written again under another name, so that whoever is
+done with a message can remove its blobs. It appears complete or not at all, except to a power cut, which the hash finds
+out: what is lost can be computed again.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from pathlib import Path
 from rlhf.errors import RequestError, StorageError
 from rlhf.wire.records import Blob
 
-_SHA256 = re.compile("[0-9a-f]{64}")
-_OURS = re.compile(r"\.?([0-9a-f]{64})(\.[0-9a-f]{32}\.tmp)?")
+_NAME = re.compile(r"([0-9a-f]{64})-[0-9a-f]{32}")
+_OURS = re.compile(rf"\.?{_NAME.pattern}(\.tmp)?")
 """Blobs, and what a kill leaves of one that was being written."""
 
 
@@ -28,12 +29,13 @@ def write_blob(folder: Path, data: bytes) -> Blob:
     """
     sha256 = hashlib.sha256(data).hexdigest()
     folder = folder.resolve()
-    temporary = folder / f".{sha256}.{uuid.uuid4().hex}.tmp"
+    path = folder / f"{sha256}-{uuid.uuid4().hex}"
+    temporary = folder / f".{path.name}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_bytes(data)
-            temporary.replace(folder / sha256)
+            temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
@@ -41,7 +43,7 @@ def write_blob(folder: Path, data: bytes) -> Blob:
             f"{folder}: a blob of {len(data)} bytes could not be written: {error.strerror}; make room, or name another "
             "folder in reference.blobs"
         ) from error
-    return Blob((folder / sha256).as_uri(), len(data), sha256)
+    return Blob(path.as_uri(), len(data), sha256)
 
 
 def read_blob(folder: Path, blob: Blob) -> bytes:
@@ -64,6 +66,20 @@ def read_blob(folder: Path, blob: Blob) -> bytes:
     if hashlib.sha256(data).hexdigest() != blob.sha256:
         raise RequestError(f"{blob.uri}: its content is not that of its sha256; the file was altered or damaged")
     return data
+
+
+def remove_blob(folder: Path, blob: Blob) -> None:
+    """By whoever is done with the message that names it; one that is gone already is no error.
+
+    Raises:
+        RequestError: the blob is not of this folder.
+        StorageError: the folder cannot be written.
+    """
+    path = _path(folder.resolve(), blob)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path}: the blob cannot be removed: {error.strerror}") from error
 
 
 def remove_blobs(folder: Path, keep: Container[str], older_than_s: float) -> int:
@@ -98,8 +114,9 @@ def _removed(path: Path, written_before_s: float) -> bool:
 
 def _path(folder: Path, blob: Blob) -> Path:
     """The URI comes from the network: rather than to be followed, it must be the one that `write_blob` gave."""
-    path = folder / blob.sha256
-    if not _SHA256.fullmatch(blob.sha256) or blob.uri != path.as_uri():
+    path = folder / blob.uri.rpartition("/")[2]
+    name = _NAME.fullmatch(path.name)
+    if name is None or name[1] != blob.sha256 or blob.uri != path.as_uri():
         raise RequestError(
             f"{blob.uri}: not a blob of {folder}; give reference service and trainer one folder in reference.blobs"
         )

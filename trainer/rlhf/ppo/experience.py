@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlhf.wire.records import Floats, Rollout, ScoredCompletion
+from rlhf.errors import RequestError
+from rlhf.models.compute import torch_dtype
+from rlhf.wire.blobs import read_blob
+from rlhf.wire.records import Blob, Floats, HiddenStates, Rollout, ScoredCompletion
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,22 @@ class Experience:
     service_logprobs: Tensor
     """[N] float32, by the policy service; NaN outside the mask."""
     ref_logprobs: Tensor
-    """[N] float32; NaN outside the mask."""
+    """[N] float32; NaN outside the mask, and everywhere where there are hidden states instead."""
+    ref_hidden: Tensor | None
+    """[sampled tokens, H]: of the state that each sampled token was predicted from, the reference's last hidden state,
+    in its dtype. None: the reference gave log-probs."""
     scores: Tensor
     """[S] float32."""
     token_rewards: Tensor
     """[N] float32; 0 where the reward service gave none."""
     ended_mask: Tensor
     """[S] bool, True = the policy ended the completion itself."""
+
+    def ref_hidden_of(self, positions: Tensor) -> Tensor | None:
+        """[n, H]: rows of `ref_hidden` for sampled tokens at these positions of the N."""
+        if self.ref_hidden is None:
+            return None
+        return self.ref_hidden[(self.response_mask.cumsum(0) - 1)[positions]]
 
     @property
     def lengths(self) -> Tensor:
@@ -59,15 +72,23 @@ class Experience:
         return torch.stack([part.sum() for part in torch.split(masked, self.lengths.tolist())])
 
 
-def gather(rollouts: Sequence[Rollout]) -> Experience:
-    """All completions of the rollouts, in the given order."""
+def gather(rollouts: Sequence[Rollout], blobs: Path | None = None) -> Experience:
+    """All completions of the rollouts, in the given order.
+
+    Args:
+        blobs: folder of hidden states too large for a message; None: there are none.
+
+    Raises:
+        RlhfError: such a file is missing or damaged.
+    """
     completions = [completion for rollout in rollouts for completion in rollout.completions]
     return Experience(
         token_ids=_flat([c.token_ids for c in completions], np.int64),
         cu_seqlens=torch.tensor(np.cumsum([0, *(len(c.token_ids) for c in completions)])),
         response_mask=_flat([c.response_mask for c in completions], np.bool_),
         service_logprobs=_flat([c.logprobs for c in completions], np.float32),
-        ref_logprobs=_flat([c.ref_logprobs for c in completions], np.float32),
+        ref_logprobs=_flat([_ref_logprobs(c) for c in completions], np.float32),
+        ref_hidden=_ref_hidden(completions, blobs),
         scores=torch.tensor([c.score for c in completions], dtype=torch.float32),
         token_rewards=_flat([_token_rewards(c) for c in completions], np.float32),
         ended_mask=torch.tensor([c.finish_reason.ended for c in completions]),
@@ -82,6 +103,14 @@ class MicroBatch:
     """[n] int64: the positions in the N tokens that these sequences fill, row after row."""
     place_mask: Tensor
     """[B, T] bool, True = a token, False = padding."""
+
+    def sampled(self, response_mask: Tensor) -> Tensor:
+        """[n] int64: which of the N tokens are sampled ones of this micro-batch, row after row.
+
+        Args:
+            response_mask: [N] bool.
+        """
+        return self.indices[response_mask[self.indices]]
 
     def pad(self, flat: Tensor, fill: float | int | bool = 0) -> Tensor:
         """[N] -> [B, T]"""
@@ -131,6 +160,39 @@ def _token_rewards(completion: ScoredCompletion) -> Floats:
     if completion.token_rewards is None:
         return np.zeros(len(completion.token_ids), dtype=np.float32)
     return np.where(completion.response_mask, completion.token_rewards, np.float32(0.0))
+
+
+def _ref_logprobs(completion: ScoredCompletion) -> Floats:
+    if completion.ref_logprobs is None:
+        return np.full(len(completion.token_ids), np.nan, np.float32)
+    return completion.ref_logprobs
+
+
+def _ref_hidden(completions: Sequence[ScoredCompletion], blobs: Path | None) -> Tensor | None:
+    """
+    Raises:
+        RequestError: some completions have hidden states and some have none.
+    """
+    found = [c.ref_hidden for c in completions if c.ref_hidden is not None]
+    if not found:
+        return None
+    if len(found) < len(completions):
+        raise RequestError("rollouts with and without the reference's hidden states cannot make one batch")
+    return torch.cat([_hidden_tensor(states, blobs) for states in found])
+
+
+def _hidden_tensor(states: HiddenStates, blobs: Path | None) -> Tensor:
+    """
+    Raises:
+        RlhfError: the file is missing or damaged, or there is no folder to find it in.
+    """
+    content = states.content
+    if isinstance(content, Blob):
+        if blobs is None:
+            raise RequestError(f"hidden states lie in {content.uri}, and no folder of blobs is known here")
+        content = read_blob(blobs, content)
+    # A copy, because a tensor over read-only memory could be written to.
+    return torch.frombuffer(bytearray(content), dtype=torch_dtype(states.dtype)).view(states.shape)
 
 
 def _flat(arrays: Sequence[NDArray[Any]], dtype: type) -> Tensor:

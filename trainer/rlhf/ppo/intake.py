@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
@@ -12,8 +13,9 @@ from rlhf.errors import DeadlineExceeded, RequestError, StageFailed
 from rlhf.ppo.ledger import Ledger, Verdict
 from rlhf.queues.streams import Delivery, Queue
 from rlhf.v1 import rollout_pb2
+from rlhf.wire.blobs import remove_blob
 from rlhf.wire.messages import from_rollout
-from rlhf.wire.records import Rollout
+from rlhf.wire.records import Blob, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ class Intake:
     Args:
         timeout_s: how long no rollout may arrive while a step waits for one.
         keep_going: called about every second while waiting; raises what should end the wait.
+        blobs: folder of hidden states too large for a message; those of a rollout go when it is acknowledged.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Intake:
         consumer: str,
         timeout_s: float,
         keep_going: Callable[[], None],
+        blobs: Path | None = None,
     ) -> None:
         self.rollouts = rollouts
         self.prompts = prompts
@@ -46,6 +50,9 @@ class Intake:
         self.consumer = consumer
         self.timeout_s = timeout_s
         self.keep_going = keep_going
+        self.blobs = blobs
+        self._blobs_of: dict[str, list[Blob]] = {}
+        """By entry id: what of a delivery not acknowledged yet lies in files."""
         self._buffer: dict[str, Rollout] = {}
         self._held: dict[str, Delivery] = {}
         """By entry id: every delivery not acknowledged yet."""
@@ -110,7 +117,9 @@ class Intake:
         """Let go of everything settled; call when the ledger that knows its outcome is durable."""
         settled = [self._held.pop(entry_id) for entry_id in self._settled]
         self._settled.clear()
-        return self.rollouts.acknowledge(settled) if settled else 0
+        acknowledged = self.rollouts.acknowledge(settled) if settled else 0
+        self._remove_blobs(delivery.entry_id for delivery in settled)
+        return acknowledged
 
     def drain(self, timeout_s: float) -> None:
         """After the last step: settle what restarts left over, until both streams are empty."""
@@ -125,6 +134,11 @@ class Intake:
         self._buffer.clear()
         self._early.clear()
         self._settled = set(self._held)
+
+    def _remove_blobs(self, entry_ids: Iterable[str]) -> None:
+        for blob in [blob for entry_id in entry_ids for blob in self._blobs_of.pop(entry_id, [])]:
+            if self.blobs is not None:
+                remove_blob(self.blobs, blob)
 
     def _fresh(self) -> dict[str, Rollout]:
         """The buffer without what has become stale in it."""
@@ -145,6 +159,7 @@ class Intake:
                 self._reject(delivery, f"cannot be used: {error}")
                 continue
             self._held[delivery.entry_id] = delivery
+            self._blobs_of[delivery.entry_id] = blobs_of(rollout)
             arrived += self._sort_in(rollout, delivery)
         return arrived
 
@@ -190,3 +205,9 @@ class Intake:
         if abandoned >= count:
             reason = list(self.ledger.abandoned.values())[-1]
             raise StageFailed(f"{abandoned} prompts failed one after another; the last because: {reason}")
+
+
+def blobs_of(rollout: Rollout) -> list[Blob]:
+    """What of it lies in files."""
+    contents = (c.ref_hidden.content for c in rollout.completions if c.ref_hidden is not None)
+    return [content for content in contents if isinstance(content, Blob)]

@@ -1,6 +1,7 @@
 """Policy and critic as the trainer holds them: one forward pass for both, and one update per minibatch.
 
 Sequences are right-padded and attention is causal, so no real token ever sees padding, and no attention mask is needed.
+The trunk sees padded sequences [B, T]; everything after it, the output layer first of all, sampled tokens alone, [n].
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from transformers import PreTrainedModel
 
 from rlhf.errors import StageFailed
 from rlhf.models.compute import torch_dtype
+from rlhf.models.output_layer import hidden_states, output_layer
 from rlhf.models.reward import RewardModel
-from rlhf.ops import logprobs_from_logits
+from rlhf.ops import LogprobOutput, PpoTerms, fused_linear_logprobs, ppo_loss
 from rlhf.ppo.experience import Experience, MicroBatch
-from rlhf.ppo.losses import policy_loss, value_loss
-from rlhf.ppo.settings import CriticSettings, PpoSettings
+from rlhf.ppo.losses import value_loss
+from rlhf.ppo.reference_layer import ReferenceLayer
+from rlhf.ppo.settings import CriticSettings, KlSettings, PpoSettings
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Assessment:
     """What the present weights say of an experience, before they change. All [N] float32, 0 outside the mask."""
 
     logprobs: Tensor
+    ref_logprobs: Tensor
+    """The reference's: as its service gave them, or from its hidden states. Outside the mask NaN where it gave them."""
+    kl: Tensor | None
+    """Exact KL(policy ‖ reference) of the distribution that each token was sampled from. None: log-probs were given."""
     entropy: Tensor
     values: Tensor
 
@@ -36,6 +43,7 @@ class Targets:
     """What an update aims at. All [N] float32."""
 
     old_logprobs: Tensor
+    ref_logprobs: Tensor
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
@@ -61,6 +69,7 @@ class Learner:
     Args:
         policy: a causal language model; trained in place.
         critic: a scalar model, or None for a head on the policy's trunk.
+        reference: the reference's output layer, where it gives hidden states; frozen.
         temperature: at which completions are sampled; divides the logits here too.
         pad_id: fills the padding; any id in the vocabulary will do.
     """
@@ -71,7 +80,9 @@ class Learner:
         critic: RewardModel | None,
         settings: PpoSettings,
         critic_settings: CriticSettings,
+        kl: KlSettings,
         *,
+        reference: ReferenceLayer | None = None,
         temperature: float,
         pad_id: int,
     ) -> None:
@@ -79,6 +90,12 @@ class Learner:
         self.critic = critic
         self.settings = settings
         self.critic_settings = critic_settings
+        self.output_layer = output_layer(policy)
+        self.reference = reference
+        self.terms = PpoTerms(
+            settings.clip_range, settings.clip_range, kl.loss_coef, kl.loss_estimator, settings.entropy_coef
+        )
+        self.exact_loss = kl.exact_loss
         self.temperature = temperature
         self.pad_id = pad_id
         self.device = torch.device(settings.device)
@@ -88,16 +105,18 @@ class Learner:
         self.optimizers = self._optimizers()
 
     def assess(self, experience: Experience, micro_batches: Iterable[MicroBatch]) -> Assessment:
-        """Log-probs, entropy and values of every sampled token under the present weights."""
-        zeros = torch.zeros(len(experience.token_ids))
-        assessment = Assessment(zeros.clone(), zeros.clone(), zeros.clone())
+        """Log-probs, KL, entropy and values of every sampled token under the present weights."""
+        logprobs, entropy, values, kl = torch.zeros(4, len(experience.token_ids))
+        ref_logprobs = experience.ref_logprobs.clone()
+        exact = experience.ref_hidden is not None
         with torch.no_grad():
             for micro in micro_batches:
-                logprobs, entropy, values = self._forward(experience, micro)
-                micro.pack(logprobs, assessment.logprobs)
-                micro.pack(entropy, assessment.entropy)
-                micro.pack(values, assessment.values)
-        return assessment
+                at = micro.sampled(experience.response_mask)
+                tokens, values[at] = self._forward(experience, micro, at, with_reference=exact)
+                logprobs[at], entropy[at] = tokens.logprobs.cpu(), _cpu(tokens.entropy)
+                if exact:
+                    ref_logprobs[at], kl[at] = _cpu(tokens.ref_logprobs), _cpu(tokens.kl)
+        return Assessment(logprobs, ref_logprobs, kl if exact else None, entropy, values)
 
     def improve(self, experience: Experience, minibatch: list[MicroBatch], targets: Targets) -> UpdateFigures:
         """One optimiser step of policy and critic."""
@@ -116,18 +135,22 @@ class Learner:
                 group["lr"] = rates[name] * factor
 
     def _accumulate(self, experience: Experience, micro: MicroBatch, targets: Targets, tokens: int) -> UpdateFigures:
-        mask = micro.pad(experience.response_mask).to(self.device)
-        old_logprobs, old_values, advantages, returns = (
-            micro.pad(flat).to(self.device)
-            for flat in (targets.old_logprobs, targets.old_values, targets.advantages, targets.returns)
-        )
-        logprobs, entropy, values = self._forward(experience, micro)
-        policy_sum, clipped_mask = policy_loss(logprobs, old_logprobs, advantages, mask, self.settings.clip_range)
-        value_sum = value_loss(values, old_values, returns, mask, self.settings.value_clip_range)
+        at = micro.sampled(experience.response_mask)
+        old_logprobs, ref_logprobs, old_values, advantages, returns = (
+            flat[at].to(self.device)
+            for flat in (
+                targets.old_logprobs, targets.ref_logprobs, targets.old_values, targets.advantages, targets.returns,
+            )
+        )  # fmt: skip
+        found, values = self._forward(experience, micro, at, with_reference=self.exact_loss)
+        if not self.exact_loss:
+            found = found._replace(ref_logprobs=ref_logprobs)
+        everything = torch.ones_like(at, dtype=torch.bool, device=self.device)
+        policy_sum, clipped_mask = ppo_loss(found, old_logprobs, advantages, everything, self.terms)
+        value_sum = value_loss(values.to(self.device), old_values, returns, self.settings.value_clip_range)
         value_weight = self.critic_settings.coef if self.critic is None else 1.0
-        loss = policy_sum + value_weight * value_sum - self.settings.entropy_coef * entropy[mask].sum()
-        (loss / tokens).backward()  # type: ignore[no-untyped-call]
-        log_ratio = (logprobs.detach() - old_logprobs)[mask]
+        ((policy_sum + value_weight * value_sum) / tokens).backward()  # type: ignore[no-untyped-call]
+        log_ratio = found.logprobs.detach() - old_logprobs
         return UpdateFigures(
             policy_loss=policy_sum.item() / tokens,
             value_loss=value_sum.item() / tokens,
@@ -138,32 +161,40 @@ class Learner:
             critic_grad_norm=0.0,
         )
 
-    def _forward(self, experience: Experience, micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs, entropy and values, [B, T] float32 on the device, of each sampled token; 0 elsewhere.
+    def _forward(
+        self, experience: Experience, micro: MicroBatch, at: Tensor, *, with_reference: bool
+    ) -> tuple[LogprobOutput, Tensor]:
+        """Of the sampled tokens at these positions: log-probs and what goes with them, and values; each [n] float32.
 
         The value of token t is that of the state before it: the critic's output at t - 1.
         """
         token_ids = micro.pad(experience.token_ids, self.pad_id).to(self.device)
-        mask = micro.pad(experience.response_mask).to(self.device)
-        # Logits are wanted from the first state before a sampled token on; the prompts' need not be computed.
-        first = int(mask.any(0).nonzero()[0])
+        # Of the states before sampled tokens: the first token of a sequence has none, and is never sampled.
+        before_mask = micro.pad(experience.response_mask).to(self.device)[:, 1:]
+        labels = token_ids[:, 1:][before_mask]
         with torch.autocast(self.device.type, torch_dtype(self.settings.dtype), self.settings.dtype != "float32"):
-            outputs = self.policy(
-                input_ids=token_ids,
-                use_cache=False,
-                logits_to_keep=token_ids.shape[1] - first + 1,
-                output_hidden_states=self.critic is None,
-            )
+            states = hidden_states(self.policy, input_ids=token_ids, use_cache=False)[:, :-1][before_mask]
             if self.critic is None:
-                states = self.value_head(outputs.hidden_states[-1]).squeeze(-1)
+                values = self.value_head(states).squeeze(-1)
             else:
-                raw = self.critic.token_values(token_ids, micro.place_mask.to(self.device))
-                states = (raw - self.critic.mean) / self.critic.std
-        labels = token_ids[:, first:].masked_fill(~mask[:, first:], -100)
-        scored = logprobs_from_logits(outputs.logits[:, :-1], labels, self.temperature, return_entropy=True)
-        assert scored.entropy is not None
-        values = nn.functional.pad(states[:, :-1].float(), (1, 0)).masked_fill(~mask, 0.0)
-        return nn.functional.pad(scored.logprobs, (first, 0)), nn.functional.pad(scored.entropy, (first, 0)), values
+                raw = self.critic.token_values(token_ids, micro.place_mask.to(self.device))[:, :-1][before_mask]
+                values = (raw - self.critic.mean) / self.critic.std
+            tokens = fused_linear_logprobs(
+                states, self.output_layer.weight, labels, lm_head_bias=self.output_layer.bias,
+                temperature=self.temperature, **(self._reference_of(experience, at) if with_reference else {}),
+            )  # fmt: skip
+        return tokens, values.float()
+
+    def _reference_of(self, experience: Experience, at: Tensor) -> dict[str, Tensor | None]:
+        """The reference's part in `fused_linear_logprobs`."""
+        states, layer = experience.ref_hidden_of(at), self.reference
+        assert states is not None, "settings ask the reference for hidden states then"
+        assert layer is not None
+        return {
+            "ref_hidden_states": states.to(layer.weight),
+            "ref_lm_head_weight": layer.weight,
+            "ref_lm_head_bias": layer.bias,
+        }
 
     def _optimizers(self) -> dict[str, torch.optim.Adam]:
         policy_parameters = [p for p in self.policy.parameters() if p.requires_grad]
@@ -194,6 +225,11 @@ class Learner:
         if self.critic is None:
             return {"policy": self.policy, "value_head": self.value_head}
         return {"policy": self.policy, "critic": self.critic}
+
+
+def _cpu(values: Tensor | None) -> Tensor:
+    assert values is not None, "asked for"
+    return values.cpu()
 
 
 def _total(parts: list[UpdateFigures]) -> UpdateFigures:

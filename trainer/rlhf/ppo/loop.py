@@ -47,11 +47,14 @@ from rlhf.queues.connection import connect
 from rlhf.queues.registry import open_registry
 from rlhf.queues.streams import prompts_queue, rollouts_queue
 from rlhf.settings.run import Settings
+from rlhf.wire.blobs import remove_blobs
 from rlhf.wire.records import Rollout
 
 log = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 30.0
+ORPHAN_S = 600.0
+"""A blob this old belongs to nobody once the streams are empty: a worker has at most its deadlines to use it."""
 STOPPED = 143
 """Exit status after SIGTERM: not finished, and ready to go on."""
 
@@ -79,7 +82,7 @@ class Trainer:
         self.tokenizer = load_tokenizer(settings.ppo.model or start_model(settings))
         self.ppo_step = build_step(settings, self.tokenizer)
         prompts = encoded_prompts(settings.ppo.prompts or self.paths.prompts, self.tokenizer, self._context - 1)
-        check_budget(settings, prompts)
+        check_budget(settings, prompts, self.ppo_step.learner.policy.config.get_text_config().hidden_size)
         check_critic_context(self.ppo_step, prompts, settings.sampling.max_new_tokens)
 
         client = connect(settings)
@@ -95,6 +98,7 @@ class Trainer:
             sampling=sampling,
             stopping=stopping,
             tokenizer_sha256=hash_of_tokenizer,
+            ref_hidden_states=settings.kl.exact,
         )
         prompts_stream = prompts_queue(client, settings.run.name, settings.redis)
         self.source = PromptSource(self.ledger, prompts_stream, maker, lambda: self.publisher.version)
@@ -108,6 +112,7 @@ class Trainer:
             consumer=settings.ppo.consumer,
             timeout_s=settings.ppo.rollout_timeout_s,
             keep_going=self._keep_going,
+            blobs=settings.ppo.blobs or self.paths.blobs,
         )
         self.heartbeat = Heartbeat(self.registry, "ppo", settings.ppo.consumer, self._describe)
         self.doing = "starting"
@@ -124,6 +129,8 @@ class Trainer:
             self.doing = "finishing"
             self.intake.drain(DRAIN_TIMEOUT_S)
             self._checkpoint()
+            # Of answers that no rollout came of; the streams are empty, so nobody reads one any more.
+            remove_blobs(self.settings.ppo.blobs or self.paths.blobs, keep=(), older_than_s=ORPHAN_S)
         return self._finish()
 
     def _step(self) -> dict[str, float]:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from rlhf.ops import kl_penalty
 from rlhf.ppo.experience import Experience
-from rlhf.ppo.settings import KlSettings, PpoSettings
+from rlhf.ppo.learner import Assessment
+from rlhf.ppo.settings import PpoSettings
 
 
 def shaped_scores(experience: Experience, settings: PpoSettings) -> Tensor:
@@ -28,24 +29,34 @@ def shaped_scores(experience: Experience, settings: PpoSettings) -> Tensor:
     return scores
 
 
-def token_rewards(
-    experience: Experience, scores: Tensor, logprobs: Tensor, kl_coef: float, kl: KlSettings
-) -> tuple[Tensor, Tensor]:
+def token_rewards(experience: Experience, scores: Tensor, token_kl: Tensor, kl_coef: float) -> Tensor:
     """Rewards r_t = token reward_t - β KL_t, plus the score at the last sampled token (Ziegler et al. 2019, eq. 2).
 
     Args:
         scores: [S]
-        logprobs: [N], the policy's at the time of sampling.
+        token_kl: [N], of `token_kl`.
 
     Returns:
-        rewards [N] and the KL estimate [N], both 0 outside the response mask.
+        [N], 0 outside the response mask.
     """
-    kl_estimate = kl_penalty(logprobs, experience.ref_logprobs, kl.estimator)
-    # Outside the mask both log-probs are NaN: select, since NaN times 0 is NaN.
-    kl_estimate = torch.where(experience.response_mask, kl_estimate, 0.0)
-    rewards = experience.token_rewards - kl_coef * kl_estimate
+    rewards = experience.token_rewards - kl_coef * token_kl
     rewards[experience.last_response_index] += scores
-    return rewards, kl_estimate
+    return rewards
+
+
+def token_kl(before: Assessment, logprobs: Tensor, response_mask: Tensor, estimator: str) -> Tensor:
+    """[N] KL(policy ‖ reference) at each sampled token, 0 elsewhere: estimated from that token, or exact.
+
+    Args:
+        logprobs: [N], the policy's at the time of sampling.
+        estimator: of `KlSettings`; `exact` is of the weights before the step, whatever sampled.
+    """
+    if estimator == "exact":
+        assert before.kl is not None, "settings ask the reference for hidden states then"
+        return before.kl
+    estimate = kl_penalty(logprobs, before.ref_logprobs, estimator)  # type: ignore[arg-type]
+    # Outside the mask both log-probs are NaN: select, since NaN times 0 is NaN.
+    return torch.where(response_mask, estimate, 0.0)
 
 
 def whiten(values: Tensor, mask: Tensor, *, keep_mean: bool = False) -> Tensor:

@@ -80,6 +80,12 @@ class PpoSettings(Compute):
     """Deadline for a replica to prepare or commit weights."""
     max_prompt_attempts: PositiveInt = 3
     """Times a prompt may fail, at three tries each, before it is given up and the next one takes its place."""
+    reference: str = "127.0.0.1:7103"
+    """Address of the reference service, which is asked for its output layer where KL is exact."""
+    reference_timeout_s: PositiveFloat = 300.0
+    """Deadline for that."""
+    blobs: Path | None = None
+    """Folder of large hidden states, the same as the reference service's. None: the run's blobs/."""
     consumer: str = "trainer-0"
     """Stable name in the consumer group."""
     token_file: Path | None = None
@@ -126,11 +132,26 @@ class KlSettings(Section):
     """Target of the adaptive controller: nats per sequence."""
     horizon: PositiveFloat = 10000.0
     """Horizon of the adaptive controller: completions."""
-    estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
-    """Per-token estimate of KL(policy ‖ reference) that is subtracted from the reward."""
+    estimator: Literal["k1", "k2", "k3", "abs", "exact"] = "k1"
+    """Per-token KL(policy ‖ reference) that is subtracted from the reward: estimated from the sampled token, or
+    `exact`, over the whole vocabulary, for which the reference service sends its hidden states, not log-probs."""
+    loss_coef: float = Field(default=0.0, ge=0)
+    """Coefficient of a KL term in the loss, beside or instead of the penalty in the reward."""
+    loss_estimator: Literal["k1", "k2", "k3", "abs", "exact"] = "k3"
+    """KL of that term. The gradient of k1 is 0 in expectation."""
 
     @model_validator(mode="after")
     def _adaptive_needs_a_start(self) -> KlSettings:
         if self.adaptive and self.coef == 0:
             raise ValueError("adaptive multiplies the coefficient, so coef must be above 0")
         return self
+
+    @property
+    def exact_loss(self) -> bool:
+        """The loss needs the reference's whole distribution."""
+        return self.loss_coef > 0 and self.loss_estimator == "exact"
+
+    @property
+    def exact(self) -> bool:
+        """Reward or loss needs it, and so the reference's hidden states."""
+        return self.estimator == "exact" or self.exact_loss

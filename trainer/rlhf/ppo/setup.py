@@ -8,12 +8,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.errors import ModelError, SettingsError
 from rlhf.models.causal import disable_dropout, load_causal_lm
 from rlhf.models.folders import start_model
+from rlhf.models.output_layer import output_layer
 from rlhf.models.reward import RewardModel
 from rlhf.models.tokenizer import load_tokenizer, tokenizer_sha256
 from rlhf.policy.settings import SamplingSettings
 from rlhf.ppo.kl_control import KlController
 from rlhf.ppo.learner import Learner
 from rlhf.ppo.prompts import EncodedPrompt
+from rlhf.ppo.reference_layer import fetch_reference
 from rlhf.ppo.step import PpoStep
 from rlhf.settings.run import Settings
 
@@ -22,7 +24,7 @@ BYTES_PER_TOKEN = 24
 
 
 def build_step(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PpoStep:
-    """Policy, critic and their optimisers as at the start of a run."""
+    """Policy, critic and their optimisers as at the start of a run; where KL is exact, the reference's output layer."""
     folder = settings.ppo.model or start_model(settings)
     # Weights stay in float32 whatever the forward pass computes in: a step of 1e-6 vanishes in bfloat16.
     policy = load_causal_lm(folder, device=settings.ppo.device)
@@ -35,11 +37,15 @@ def build_step(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PpoSte
         critic,
         settings.ppo,
         settings.critic,
+        settings.kl,
+        reference=fetch_reference(settings.ppo, vocab_size=len(output_layer(policy).weight))
+        if settings.kl.exact
+        else None,
         temperature=settings.sampling.temperature,
         pad_id=tokenizer.pad_token_id or 0,
     )
     generator = torch.Generator().manual_seed(settings.ppo.seed)
-    return PpoStep(learner, KlController(settings.kl), generator)
+    return PpoStep(learner, KlController(settings.kl), generator, settings.ppo.blobs or settings.paths.blobs)
 
 
 def check_sampling(sampling: SamplingSettings) -> None:
@@ -56,7 +62,7 @@ def check_sampling(sampling: SamplingSettings) -> None:
             )
 
 
-def check_budget(settings: Settings, prompts: list[EncodedPrompt]) -> None:
+def check_budget(settings: Settings, prompts: list[EncodedPrompt], hidden_size: int) -> None:
     """A stream that cannot hold the batches between two acknowledgements would never empty: the workers would wait for
     room, the trainer for rollouts.
 
@@ -66,7 +72,9 @@ def check_budget(settings: Settings, prompts: list[EncodedPrompt]) -> None:
     ppo, redis = settings.ppo, settings.redis
     batch = ppo.batch_prompts * (ppo.max_staleness + 1)
     longest = max(len(prompt.token_ids) for prompt in prompts) + settings.sampling.max_new_tokens
-    needed_bytes = batch * (512 + ppo.completions * (256 + BYTES_PER_TOKEN * longest))
+    # Of the reference, which has about the policy's size; larger answers lie in files.
+    hidden_bytes = min(4 * hidden_size * longest, settings.reference.inline_bytes) if settings.kl.exact else 0
+    needed_bytes = batch * (512 + ppo.completions * (256 + BYTES_PER_TOKEN * longest + hidden_bytes))
     if batch > redis.max_entries // 2:
         raise SettingsError(
             f"redis.max_entries: {redis.max_entries} is too small; one step's rollouts are up to {batch} entries, and "

@@ -43,6 +43,7 @@ class TaskMaker:
         sampling: Sampling,
         stopping: Stopping,
         tokenizer_sha256: str,
+        ref_hidden_states: bool = False,
     ) -> None:
         self.prompts = prompts
         self.run_id = run_id
@@ -50,6 +51,7 @@ class TaskMaker:
         self.sampling = sampling
         self.stopping = stopping
         self.tokenizer_sha256 = tokenizer_sha256
+        self.ref_hidden_states = ref_hidden_states
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def task(self, issue: Issue, rollout_id: str, at_least: WeightVersion) -> PromptTask:
@@ -67,6 +69,7 @@ class TaskMaker:
             stopping=self.stopping,
             at_least=at_least,
             tokenizer_sha256=self.tokenizer_sha256,
+            ref_hidden_states=self.ref_hidden_states,
         )
 
     def _permutation(self, passes: int) -> list[int]:

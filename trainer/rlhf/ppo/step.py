@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from rlhf.errors import StageFailed
 from rlhf.ops import gae
 from rlhf.ppo.experience import Experience, MicroBatch, gather, minibatches
 from rlhf.ppo.kl_control import KlController
 from rlhf.ppo.learner import Assessment, Learner, Targets, UpdateFigures
-from rlhf.ppo.rewards import shaped_scores, token_rewards, whiten
+from rlhf.ppo.rewards import shaped_scores, token_kl, token_rewards, whiten
 from rlhf.wire.records import Rollout
 
 
@@ -25,7 +27,8 @@ class StepFigures:
     reward_mean: float
     """Per completion: shaped score minus KL penalty."""
     kl_mean: float
-    """Nats per completion, policy against reference, before the step: the sum of k1 over sampled tokens."""
+    """Nats per completion, policy against reference, before the step: over sampled tokens, the sum of k1, or of the
+    exact KL where the reference sends hidden states."""
     kl_coef: float
     entropy: float
     """Nats per token."""
@@ -49,16 +52,21 @@ class PpoStep:
     """
     Args:
         generator: draws the order of sequences; its state is part of the checkpoint.
+        blobs: folder of hidden states too large for a message; None: there are none.
     """
 
-    def __init__(self, learner: Learner, kl: KlController, generator: torch.Generator) -> None:
+    def __init__(
+        self, learner: Learner, kl: KlController, generator: torch.Generator, blobs: Path | None = None
+    ) -> None:
         self.learner = learner
         self.settings = learner.settings
         self.kl = kl
         self.generator = generator
+        self.blobs = blobs
 
     def __call__(self, rollouts: Sequence[Rollout]) -> StepFigures:
-        experience = gather(rollouts)
+        self._check_reference(rollouts)
+        experience = gather(rollouts, self.blobs)
         passes = [list(self._minibatches(experience)) for _ in range(self.settings.epochs)]
         # The same micro-batches as the first pass: equal shapes make equal sums, so the first ratio is exactly 1.
         before = self.learner.assess(experience, [micro for minibatch in passes[0] for micro in minibatch])
@@ -66,16 +74,30 @@ class PpoStep:
         kl_coef = self.kl.coef
 
         scores = shaped_scores(experience, self.settings)
-        rewards, _ = token_rewards(experience, scores, old_logprobs, kl_coef, self.kl.settings)
+        penalty = token_kl(before, old_logprobs, experience.response_mask, self.kl.settings.estimator)
+        rewards = token_rewards(experience, scores, penalty, kl_coef)
         advantages, returns = self._estimate(experience, rewards, before.values)
-        targets = Targets(old_logprobs, before.values, advantages, returns)
+        targets = Targets(old_logprobs, before.ref_logprobs, before.values, advantages, returns)
 
         updates = [
             self.learner.improve(experience, minibatch, targets) for one_pass in passes for minibatch in one_pass
         ]
-        kl_nats = self._kl_per_sequence(experience, old_logprobs)
+        kl_nats = self._kl_per_sequence(experience, before, old_logprobs)
         self.kl.update(kl_nats, experience.sequences)
         return self._figures(experience, before, rewards, returns, updates, kl_nats=kl_nats, kl_coef=kl_coef)
+
+    def _check_reference(self, rollouts: Sequence[Rollout]) -> None:
+        """
+        Raises:
+            StageFailed: hidden states are of another model than the output layer.
+        """
+        layer = self.learner.reference
+        others = {rollout.reference_sha256 for rollout in rollouts} - {layer.model_sha256 if layer else ""}
+        if layer is not None and others:
+            raise StageFailed(
+                f"rollouts bring hidden states of the reference {min(others)[:12]}, but the trainer holds the output "
+                f"layer of {layer.model_sha256[:12]}: the reference service was given another model in mid-run"
+            )
 
     def _minibatches(self, experience: Experience) -> Iterator[list[MicroBatch]]:
         order = torch.randperm(experience.sequences, generator=self.generator)
@@ -96,8 +118,9 @@ class PpoStep:
         returns = advantages + values
         return (whiten(advantages, mask) if self.settings.whiten_advantages else advantages), returns
 
-    def _kl_per_sequence(self, experience: Experience, logprobs: Tensor) -> float:
-        return experience.sum_per_sequence(logprobs - experience.ref_logprobs).mean().item()
+    def _kl_per_sequence(self, experience: Experience, before: Assessment, logprobs: Tensor) -> float:
+        token_kl = logprobs - before.ref_logprobs if before.kl is None else before.kl
+        return experience.sum_per_sequence(token_kl).mean().item()
 
     def _figures(
         self,
