@@ -112,8 +112,8 @@ class Learner:
         with torch.no_grad():
             for micro in micro_batches:
                 at = micro.sampled(experience.response_mask)
-                tokens, values[at] = self._forward(experience, micro, at, with_reference=exact)
-                logprobs[at], entropy[at] = tokens.logprobs.cpu(), _cpu(tokens.entropy)
+                tokens, own_values = self._forward(experience, micro, at, with_reference=exact)
+                logprobs[at], entropy[at], values[at] = tokens.logprobs.cpu(), _cpu(tokens.entropy), own_values.cpu()
                 if exact:
                     ref_logprobs[at], kl[at] = _cpu(tokens.ref_logprobs), _cpu(tokens.kl)
         return Assessment(logprobs, ref_logprobs, kl if exact else None, entropy, values)
@@ -147,7 +147,7 @@ class Learner:
             found = found._replace(ref_logprobs=ref_logprobs)
         everything = torch.ones_like(at, dtype=torch.bool, device=self.device)
         policy_sum, clipped_mask = ppo_loss(found, old_logprobs, advantages, everything, self.terms)
-        value_sum = value_loss(values.to(self.device), old_values, returns, self.settings.value_clip_range)
+        value_sum = value_loss(values, old_values, returns, self.settings.value_clip_range)
         value_weight = self.critic_settings.coef if self.critic is None else 1.0
         ((policy_sum + value_weight * value_sum) / tokens).backward()  # type: ignore[no-untyped-call]
         log_ratio = found.logprobs.detach() - old_logprobs
