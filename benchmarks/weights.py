@@ -51,8 +51,9 @@ IN_FLIGHT = {
     "keep": weights_pb2.IN_FLIGHT_KEEP,
 }
 """By kind of commit; "none" commits what is current already."""
-SETTLE_S = 0.3
-"""Around every change, so that its tokens belong to it alone."""
+SETTLE_S = 1.0
+"""Around every change, so that its tokens belong to it alone: sequences that go on with new weights wait longest, for
+their caches to be computed again."""
 
 
 def measure(options: Options) -> Measured:
