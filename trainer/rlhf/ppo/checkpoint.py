@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,10 @@ def save_checkpoint(folder: Path, step: PpoStep, ledger: Ledger, keep: int) -> P
     Raises:
         StorageError: the disk is full or the folder cannot be written; older checkpoints stay.
     """
-    tensors: dict[str, Tensor] = {GENERATOR: step.generator.get_state()}
-    for name, module in step.learner.modules().items():
-        tensors |= {f"{name}/{key}": value for key, value in named_weights(module).items()}
-    optimizers: dict[str, Any] = {}
-    for name, optimizer in step.learner.optimizers.items():
-        state_tensors, optimizers[name] = optimizer_state(optimizer, list(_parameter_names(name, optimizer)))
-        tensors |= state_tensors
-    state = {"ledger": ledger.to_json(), "kl_coef": step.kl.coef, "optimizers": optimizers}
+    tensors, state = capture(step)
     number = max((_number(path) for path in checkpoints(folder)), default=-1) + 1
     target = folder / f"{number}-{ledger.trained_steps}"
-    save_training_state(target, tensors, state)
+    save_training_state(target, tensors, {"ledger": ledger.to_json(), **state})
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -67,6 +60,29 @@ def load_checkpoint(path: Path, step: PpoStep) -> dict[str, Any]:
         ModelError: the checkpoint is altered, or of a model of another shape.
     """
     tensors, state = load_training_state(path)
+    restore(step, tensors, state)
+    ledger: dict[str, Any] = state["ledger"]
+    return ledger
+
+
+def capture(step: PpoStep) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All of it that training changes: tensors, which are its own and not copies, and the rest as JSON values."""
+    tensors: dict[str, Tensor] = {GENERATOR: step.generator.get_state()}
+    for name, module in step.learner.modules().items():
+        tensors |= {f"{name}/{key}": value for key, value in named_weights(module).items()}
+    optimizers: dict[str, Any] = {}
+    for name, optimizer in step.learner.optimizers.items():
+        state_tensors, optimizers[name] = optimizer_state(optimizer, list(_parameter_names(name, optimizer)))
+        tensors |= state_tensors
+    return tensors, {"kl_coef": step.kl.coef, "optimizers": optimizers}
+
+
+def restore(step: PpoStep, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """The inverse of `capture`.
+
+    Raises:
+        ModelError: the state is of a model of another shape.
+    """
     for name, module in step.learner.modules().items():
         prefix = f"{name}/"
         copy_weights(module, {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
@@ -75,8 +91,6 @@ def load_checkpoint(path: Path, step: PpoStep) -> dict[str, Any]:
         load_optimizer_state(optimizer, names, tensors, state["optimizers"][name])
     step.generator.set_state(tensors[GENERATOR])
     step.kl.coef = state["kl_coef"]
-    ledger: dict[str, Any] = state["ledger"]
-    return ledger
 
 
 def read_ledger(path: Path) -> dict[str, Any]:
