@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sft": {*LOW, "data", "models", "observe", "ops"},
     "preference": {*LOW, "data", "models", "observe", "ops", "reward", "sft"},
     "data": {*LOW, "reward", "wire"},
-    "evaluate": {*LOW, "data", "models", "observe", "policy", "reference", "reward", "wire"},
+    "evaluate": {*LOW, "data", "models", "observe", "ops", "policy", "reference", "reward", "wire"},
     "doctor": {*LOW, "models", "observe", "queues", "serving", "supervisor", "v1", "wire"},
 }
 

@@ -108,6 +108,11 @@ class RunPaths:
         return self.folder / "policy"
 
     @property
+    def snapshots(self) -> Path:
+        """Step 3: the policy every few steps, one `from_pretrained` folder `<step>` each."""
+        return self.folder / "snapshots"
+
+    @property
     def metrics(self) -> Path:
         """Step 3: JSONL, one optimisation step a row."""
         return self.folder / "metrics.jsonl"
@@ -155,6 +160,11 @@ class RunPaths:
     def evaluation(self) -> Path:
         """JSON: before and after on the held-out prompts."""
         return self.folder / "evaluation.json"
+
+    @property
+    def frontier(self) -> Path:
+        """JSON: reward and judge against the distance from the initial policy."""
+        return self.folder / "frontier.json"
 
     @property
     def summary(self) -> Path:

@@ -27,9 +27,9 @@ def outputs(stage: str, paths: RunPaths) -> Sequence[Path]:
         "reward-model": _trained(paths.reward_model),
         "ppo": [
             *(paths.checkpoints, paths.weights, paths.redis, paths.policy, paths.metrics, paths.trained),
-            paths.sample_tables,
+            *(paths.sample_tables, paths.snapshots),
         ],
-        "evaluate": [paths.evaluation],
+        "evaluate": [paths.evaluation, paths.frontier],
         "report": [paths.report],
     }
     record = paths.stages / f"{stage}.json"

@@ -11,28 +11,29 @@ Figures, of which `<name>_interval` is the 95 % bootstrap interval [low, high] o
     distinct_bigrams_before, _after             number of different word pairs
     distinct_bigram_share_before, _after        their share of all; see `rlhf.evaluate.statistics`
     prompts                                     number of pairs
+
+With `--frontier` also those of `rlhf.evaluate.frontier`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlhf.data.prompts import read_prompts
 from rlhf.data.sampling import sampling_of
+from rlhf.evaluate import frontier
 from rlhf.evaluate.judge import Judge, load_judge
 from rlhf.evaluate.policies import Answer, Policy, load_both
 from rlhf.evaluate.results import Evaluation, Pair, write_evaluation
-from rlhf.evaluate.scoring import ModelRewards, Rewards, RuleRewards, Scores, logprob_sums, score_items
+from rlhf.evaluate.scoring import Rewards, Scores, load_rewards, logprob_sums, score_items
 from rlhf.evaluate.statistics import bigrams, bootstrap_interval
 from rlhf.models.compute import set_threads
 from rlhf.models.folders import start_model
 from rlhf.observe.progress import progress
-from rlhf.reward.rules import load_rule
 from rlhf.settings.run import Settings
 
 _log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def run(settings: Settings) -> Mapping[str, Any]:
     folders = evaluate.before or start_model(settings), evaluate.after or paths.policy
     before, after = load_both(*folders, evaluate.device, evaluate.dtype)
     judge = load_judge(evaluate.judge or paths.labelled, evaluate.seed)
-    rewards, rewards_name = _rewards(settings)
+    rewards, rewards_name = load_rewards(evaluate, paths)
     sampling, stopping = sampling_of(settings.sampling, completions=1, seed=evaluate.seed)
 
     with progress("evaluate", total=2 * len(prompts), unit="completions") as bar:
@@ -72,6 +73,9 @@ def run(settings: Settings) -> Mapping[str, Any]:
     )
     write_evaluation(paths.evaluation, evaluation)
     _log.info("wrote %d pairs to %s", len(pairs), paths.evaluation)
+    if evaluate.frontier:
+        given = frontier.Given(settings, prompts, before, *folders, rewards, rewards_name, judge)
+        figures |= frontier.run(given)
     return figures
 
 
@@ -103,15 +107,6 @@ _WITH_INTERVAL = (
     *("judge_before", "judge_after", "judge_gain"),
     "kl",
 )
-
-
-def _rewards(settings: Settings) -> tuple[Rewards, str]:
-    """The rule if one is set, else the reward model; and what it is called."""
-    evaluate = settings.evaluate
-    if evaluate.reward_rule:
-        return RuleRewards(load_rule(evaluate.reward_rule)), evaluate.reward_rule
-    folder: Path = evaluate.reward_model or settings.paths.reward_model
-    return ModelRewards(folder, evaluate.device, evaluate.dtype), str(folder)
 
 
 def _kl(after: Policy, before: Policy, answers: Sequence[Answer], temperature: float) -> Scores:

@@ -1,4 +1,4 @@
-"""The two policies that are compared, and their answers."""
+"""The policies that are compared, and their answers."""
 
 from __future__ import annotations
 
@@ -70,12 +70,14 @@ class Policy:
         stopping: Stopping,
         on_finished: Callable[[], None] = lambda: None,
     ) -> list[Answer]:
-        """One answer to each prompt; the same sampling seed uses the same random numbers with any policy."""
+        """`sampling.completions` answers to each prompt, those of one prompt side by side: [P · K]. The same sampling
+        seed uses the same random numbers with any policy."""
         ids = [encode_prompt(prompt, self.tokenizer) for prompt in prompts]
         answered = generate(self.model, self.tokenizer, ids, sampling, stopping, on_finished=on_finished)
         return [
             Answer(prompt, prompt_ids, completion, self.tokenizer_sha256)
-            for prompt, prompt_ids, (completion,) in zip(prompts, ids, answered, strict=True)
+            for prompt, prompt_ids, completions in zip(prompts, ids, answered, strict=True)
+            for completion in completions
         ]
 
     def as_reference(self) -> ReferenceModel:
@@ -89,9 +91,21 @@ def load_both(before: Path, after: Path, device: str, dtype: str) -> tuple[Polic
         ModelError: a folder holds no causal language model.
         TokenizerMismatch: the policies have different tokenizers, so their tokens cannot be compared.
     """
-    first, second = Policy.load(before, device, dtype), Policy.load(after, device, dtype)
+    first = Policy.load(before, device, dtype)
+    return first, load_like(first, after, device, dtype)
+
+
+def load_like(first: Policy, folder: Path, device: str, dtype: str) -> Policy:
+    """Another policy that reads and writes the same tokens.
+
+    Raises:
+        ModelError: the folder holds no causal language model.
+        TokenizerMismatch: its tokenizer is another one.
+    """
+    second = Policy.load(folder, device, dtype)
     if first.tokenizer_sha256 != second.tokenizer_sha256:
         raise TokenizerMismatch(
-            f"{before} and {after} have different tokenizers; evaluation compares a policy with the one it came from"
+            f"{folder} and the initial policy have different tokenizers; evaluation compares a policy with the one it "
+            "came from"
         )
-    return first, second
+    return second

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf.errors import DataError
 from rlhf.models.folders import read_json, write_json
+
+Form = Literal["best_of_n", "rl"]
+Interval = tuple[float | None, float | None]
+"""95 %, from a bootstrap over prompts; None for infinity."""
 
 
 @dataclass(frozen=True)
@@ -70,3 +74,104 @@ def read_evaluation(path: Path) -> Evaluation:
         return Evaluation(**fields | {"pairs": tuple(Pair(**pair) for pair in fields["pairs"])})
     except (TypeError, KeyError, ValueError) as error:
         raise DataError(f"is no evaluation: {error}; run `rlhf evaluate` again", path=path) from error
+
+
+@dataclass(frozen=True)
+class Point:
+    """A policy at a distance from the initial one. Gains are relative to the initial policy, paired by prompt."""
+
+    form: Form
+    """What leads there."""
+    name: str
+    """`best of 4`, `step 12`, or `policy` for the finished one."""
+    kl: float
+    """Nats per completion. Best-of-n: the bound log n − (n − 1) / n, which depends on no prompt."""
+    kl_interval: Interval
+    proxy_gain: float
+    """Of what was trained against."""
+    proxy_gain_interval: Interval
+    judge_gain: float
+    judge_gain_interval: Interval
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The judge's gain as a function of d = √KL, and where it is largest; see `rlhf.evaluate.scaling`."""
+
+    form: Form
+    points: int
+    alpha: float
+    alpha_interval: Interval
+    beta: float
+    beta_interval: Interval
+    optimum_d: float | None
+    """None: the fitted curve rises without end."""
+    optimum_d_interval: Interval
+    optimum_gain: float | None
+    optimum_gain_interval: Interval
+    optimum_share: float
+    """Of the resamples, those whose optimum lies no farther than the farthest point: how sure it is that the judge's
+    score has turned."""
+    farthest_d: float
+    """Of the points. An optimum beyond it is an extrapolation."""
+    misfit: float
+    """Root mean square of what the curve is off by at the points, in units of the gain."""
+    curve: tuple[tuple[float, float, float, float], ...]
+    """d, gain, and the gain's interval, from 0 to the farthest point."""
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What `rlhf evaluate --frontier` found."""
+
+    initial: str
+    """Folder of the initial policy."""
+    reward: str
+    """The proxy: folder of the reward model, or name of the rule."""
+    judge: str
+    sampling: Mapping[str, Any]
+    seed: int
+    prompts: int
+    samples: int
+    """N, completions of the initial policy per prompt, that best-of-n chooses from."""
+    completions: int
+    """Of each snapshot, per prompt."""
+    proxy_initial: float
+    """Mean of the initial policy's scores."""
+    judge_initial: float
+    distinct_share: float
+    """Different completions among a prompt's N, averaged. The fewer there are, the looser is the bound on best-of-n's
+    KL."""
+    points: tuple[Point, ...]
+    """In the order of their KL, best-of-n first."""
+    fits: tuple[Fit, ...]
+    refused: Mapping[Form, str]
+    """Forms without a fit, and why."""
+
+
+def write_frontier(path: Path, frontier: Frontier) -> None:
+    """
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    write_json(path, asdict(frontier))
+
+
+def read_frontier(path: Path) -> Frontier:
+    """
+    Raises:
+        DataError: not what `write_frontier` writes.
+    """
+    try:
+        fields = read_json(path)
+        points, fits = (tuple(map(_tuples, fields[name])) for name in ("points", "fits"))
+        own = {"points": tuple(Point(**point) for point in points), "fits": tuple(Fit(**fit) for fit in fits)}
+        return Frontier(**fields | own)
+    except (TypeError, KeyError, ValueError) as error:
+        raise DataError(f"is no frontier: {error}; run `rlhf evaluate --frontier` again", path=path) from error
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """As they were before JSON, which has only lists."""
+    made = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return made | {"curve": tuple(map(tuple, made["curve"]))} if "curve" in made else made

@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from rlhf.evaluate.policies import Answer
+from rlhf.evaluate.policies import Answer, Policy
+from rlhf.evaluate.settings import EvaluateSettings
+from rlhf.models.padding import pad
+from rlhf.ops.logprobs import logprobs_kl_from_logits
 from rlhf.reference.requests import Item
 from rlhf.reference.scorer import ReferenceModel
 from rlhf.reward.head import RewardHead
 from rlhf.reward.requests import Texts, TokenItem
-from rlhf.reward.rules import Rule, ScoreItem
+from rlhf.reward.rules import Rule, ScoreItem, load_rule
+from rlhf.settings.paths import RunPaths
 
 Scores = NDArray[np.float64]
 T = TypeVar("T")
@@ -58,6 +63,18 @@ class RuleRewards:
         return self._rule.score(score_items(answers)).astype(np.float64)
 
 
+def load_rewards(settings: EvaluateSettings, paths: RunPaths) -> tuple[Rewards, str]:
+    """The rule if one is set, else the reward model; and what it is called.
+
+    Raises:
+        ModelError, RuleError: it cannot be loaded.
+    """
+    if settings.reward_rule:
+        return RuleRewards(load_rule(settings.reward_rule)), settings.reward_rule
+    folder = settings.reward_model or paths.reward_model
+    return ModelRewards(folder, settings.device, settings.dtype), str(folder)
+
+
 def score_items(answers: Sequence[Answer]) -> list[ScoreItem]:
     return [
         ScoreItem(answer.prompt.text, answer.text, tuple(answer.response_ids.tolist()), answer.prompt.metadata)
@@ -71,6 +88,38 @@ def logprob_sums(model: ReferenceModel, answers: Sequence[Answer], temperature: 
     longest = max(len(item.token_ids) for item in items)
     batches = _chunks(items, max(1, _MAX_LOGITS // (longest * model.vocab_size)))
     return np.array([logprobs.sum(dtype=np.float64) for batch in batches for logprobs in model.forward(batch)])
+
+
+def kl_sums(policy: Policy, initial: Policy, answers: Sequence[Answer], temperature: float) -> Scores:
+    """[N]: KL(policy ‖ initial) in nats at each token of the policy's own answers, over the whole vocabulary, summed.
+
+    Its mean is that of the difference of `logprob_sums`, without what is due to which token was drawn: it is never
+    negative, and varies less. Before top-k and the like.
+    """
+    batches = _chunks(answers, max(1, _MAX_LOGITS // 4 // (_longest(answers) * policy.as_reference().vocab_size)))
+    return np.concatenate([_kl_sums(policy, initial, batch, temperature) for batch in batches])
+
+
+def _kl_sums(policy: Policy, initial: Policy, answers: Sequence[Answer], temperature: float) -> Scores:
+    ids, mask = (part.to(policy.model.device) for part in pad([answer.token_ids for answer in answers], pad_id=0))
+    # The logits at t give the distribution of token t + 1.
+    response_mask = mask[:, 1:].clone()
+    for row, answer in enumerate(answers):
+        response_mask[row, : len(answer.prompt_ids) - 1] = False
+    with torch.inference_mode():
+        logits, initial_logits = (
+            one.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1][response_mask]
+            for one in (policy, initial)
+        )
+        found = logprobs_kl_from_logits(logits, initial_logits, ids[:, 1:][response_mask], temperature)
+    assert found.kl is not None
+    kl = found.kl.double().cpu().numpy()
+    ends = np.cumsum([len(answer.response_ids) for answer in answers])
+    return np.array([part.sum() for part in np.split(kl, ends[:-1])])
+
+
+def _longest(answers: Sequence[Answer]) -> int:
+    return max(len(answer.token_ids) for answer in answers)
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

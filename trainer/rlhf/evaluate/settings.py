@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from rlhf.settings import Compute
 
@@ -29,6 +29,13 @@ class EvaluateSettings(Compute):
     """Before/after pairs printed."""
     seed: NonNegativeInt = 1000
     """Seed of sampling: before and after use the same."""
+    frontier: bool = False
+    """Also measure reward and judge against the distance from the initial policy: at the run's snapshots
+    (ppo.snapshot_every) and with the best of n completions of the initial policy."""
+    frontier_samples: int = Field(default=64, ge=2, le=4096)
+    """Completions of the initial policy per prompt that best-of-n chooses from; n is 2, 4, 8, … up to it."""
+    frontier_completions: PositiveInt = 4
+    """Completions of each snapshot per prompt."""
 
     @model_validator(mode="after")
     def _one_source_of_rewards(self) -> EvaluateSettings:

@@ -32,6 +32,7 @@ from rlhf.errors import StageFailed
 from rlhf.models.causal import save_model
 from rlhf.models.compute import set_threads
 from rlhf.models.folders import start_model
+from rlhf.models.snapshots import remove_snapshots_after, save_snapshot
 from rlhf.models.tokenizer import load_tokenizer, tokenizer_sha256
 from rlhf.observe.progress import progress
 from rlhf.ppo.checkpoint import checkpoint_versions, checkpoints, load_checkpoint, save_checkpoint
@@ -151,6 +152,7 @@ class Trainer:
 
         figures = {**asdict(improved), "staleness_mean": sum(staleness) / len(staleness), **clock.laps}
         self._record(figures, batch)
+        self._snapshot()
         if self._checkpoint_due():
             self._checkpoint()
         return figures
@@ -173,6 +175,12 @@ class Trainer:
         self.records.step(self.ledger.lineage.epoch, step, figures, batch)
         if step % self.settings.ppo.sample_every == 0 or step == self.settings.ppo.steps:
             self.records.samples(step, batch)
+
+    def _snapshot(self) -> None:
+        ppo, step = self.settings.ppo, self.ledger.trained_steps
+        if ppo.snapshot_every and step % ppo.snapshot_every == 0:
+            policy = self.ppo_step.learner.policy
+            save_snapshot(self.paths.snapshots, step, policy, self.tokenizer, ppo.keep_snapshots)
 
     def _checkpoint_due(self) -> bool:
         steps, ppo, redis = self.ledger.trained_steps, self.settings.ppo, self.settings.redis
@@ -217,6 +225,7 @@ class Trainer:
             ledger.restore(state, max(self._next_epoch(), state["epoch"] + 1))
             log.info("going on from step %d in epoch %d", ledger.trained_steps, ledger.lineage.epoch)
         self.records = RunRecords(self.paths, ledger.trained_steps)
+        remove_snapshots_after(self.paths.snapshots, ledger.trained_steps)
         if not saved:
             save_checkpoint(self.paths.checkpoints, self.ppo_step, ledger, ppo.keep_checkpoints)
         return ledger

@@ -9,6 +9,13 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 
 from rlhf.settings import Compute, Section
 
+WITHOUT_CRITIC = ("rloo", "grpo", "reinforce++")
+"""Estimators whose baseline comes from other completions."""
+OF_GROUPS = ("rloo", "grpo")
+"""Estimators that compare the completions of one prompt, each as a whole."""
+WHITENED = ("gae", "reinforce++")
+"""Estimators whose advantages are whitened where nothing else is set, as by their sources."""
+
 
 class PpoSettings(Compute):
     model: Path | None = None
@@ -32,6 +39,17 @@ class PpoSettings(Compute):
     max_staleness: NonNegativeInt = 0
     """How many optimisation steps old the weights behind a rollout may be. 0: strictly on-policy; more lets generation
     overlap training."""
+    estimator: Literal["gae", "a2c", "rloo", "grpo", "reinforce++"] = "gae"
+    """Where advantages come from: `gae`, PPO with a critic; `a2c`, a critic, one step and no clipping; `rloo`, a
+    completion against the others of its prompt; `grpo`, against their mean and spread; `reinforce++`, against the
+    batch. The last three have no critic."""
+    grpo_std: bool = True
+    """`grpo` divides by the standard deviation of a prompt's completions."""
+    objective: Literal["ppo", "decoupled"] = "ppo"
+    """`decoupled`: the clip holds the policy near that before the step, whose log-probs the trainer computes, and what
+    older weights sampled counts by its importance; for max_staleness above 0."""
+    importance_cap: float = Field(default=5.0, ge=1)
+    """Largest weight of a token under the decoupled objective."""
     lr: PositiveFloat = 3e-4
     """Policy's learning rate."""
     lr_schedule: Literal["constant", "linear"] = "constant"
@@ -45,13 +63,19 @@ class PpoSettings(Compute):
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
     """GAE's lambda."""
     clip_range: PositiveFloat = 0.2
-    """Ratio clip."""
+    """Ratio clip: 1 ± this."""
+    clip_range_high: PositiveFloat | None = None
+    """Upper ratio clip where it is another: 1 + this. None: `clip_range`."""
+    dual_clip: PositiveFloat | None = None
+    """A token whose advantage is negative costs at most this many times that advantage, however large its ratio. None:
+    without a bound."""
     value_clip_range: PositiveFloat = 0.2
     """Value clip around the old value."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Entropy bonus."""
-    whiten_advantages: bool = True
-    """Advantages to mean 0 and variance 1 over the batch's response tokens."""
+    whiten_advantages: bool | None = None
+    """Advantages to mean 0 and variance 1 over the batch's response tokens. None: for `gae` and `reinforce++`, as their
+    sources do."""
     whiten_rewards: bool = False
     """Rewards to variance 1, mean kept, over the batch's response tokens."""
     old_logprobs: Literal["recompute", "service"] = "recompute"
@@ -64,6 +88,8 @@ class PpoSettings(Compute):
     """How `missing_eos_penalty` acts."""
     score_clip: PositiveFloat | None = None
     """Scores are clipped to ± this. None: not."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass rather than keep them: less memory, about a third more time."""
     seed: NonNegativeInt = 0
     """Seed of prompt order, sampling and minibatches."""
     checkpoint_every: PositiveInt = 10
@@ -72,6 +98,10 @@ class PpoSettings(Compute):
     """Newest checkpoints kept."""
     keep_weights: PositiveInt = 3
     """Newest published versions kept, beside any that a replica or a checkpoint holds."""
+    snapshot_every: NonNegativeInt = 0
+    """Steps between snapshots of the policy, for `rlhf evaluate --frontier`. 0: none."""
+    keep_snapshots: PositiveInt = 16
+    """Snapshots kept; of more, those are removed whose neighbours are closest together."""
     sample_every: PositiveInt = 5
     """Steps between sample tables."""
     rollout_timeout_s: PositiveFloat = 600.0
@@ -101,13 +131,74 @@ class PpoSettings(Compute):
         return value
 
     @model_validator(mode="after")
-    def _stale_rollouts_need_their_own_logprobs(self) -> PpoSettings:
-        if self.max_staleness > 0 and self.old_logprobs == "recompute":
+    def _old_logprobs_fit_the_objective(self) -> PpoSettings:
+        if self.objective == "decoupled" and self.old_logprobs == "service":
             raise ValueError(
-                'max_staleness above 0 needs old_logprobs = "service": the ratio is to the policy that sampled, and '
-                "recomputed log-probs are those of a later one"
+                'objective = "decoupled" computes the log-probs before the step itself and reads the policy service\'s '
+                'beside them, so old_logprobs = "service" contradicts it; leave it out'
+            )
+        if self.max_staleness > 0 and self.objective == "ppo" and self.old_logprobs == "recompute":
+            raise ValueError(
+                'max_staleness above 0 needs objective = "decoupled", or old_logprobs = "service": the ratio is to the '
+                "policy that sampled, and recomputed log-probs are those of a later one"
             )
         return self
+
+    @model_validator(mode="after")
+    def _groups_have_others_to_compare_with(self) -> PpoSettings:
+        if self.estimator in OF_GROUPS and self.completions < 2:
+            raise ValueError(
+                f'estimator = "{self.estimator}" compares the completions of a prompt, so completions must be at least '
+                f"2; {self.completions} received"
+            )
+        if self.estimator in OF_GROUPS and self.gamma != 1:
+            raise ValueError(
+                f'estimator = "{self.estimator}" takes a completion as one action, so there is nothing to discount: '
+                f"gamma must be 1; {self.gamma} received"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _actor_critic_makes_one_step(self) -> PpoSettings:
+        if self.estimator != "a2c":
+            return self
+        for name in ("epochs", "minibatches"):
+            if getattr(self, name) != 1:
+                raise ValueError(
+                    f'estimator = "a2c" makes one step on each batch, because nothing holds a second one near the '
+                    f'policy that sampled: {name} must be 1; {getattr(self, name)} received. PPO is estimator = "gae"'
+                )
+        for name in ("dual_clip", "clip_range_high"):
+            if getattr(self, name) is not None:
+                raise ValueError(f'estimator = "a2c" does not clip, so {name} would do nothing; leave it out')
+        if self.max_staleness > 0 and self.objective == "ppo":
+            raise ValueError(
+                'estimator = "a2c" has no ratio that would correct for older weights, so max_staleness above 0 needs '
+                'objective = "decoupled"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dual_clip_lies_beyond_the_clip(self) -> PpoSettings:
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.highest_clip_range:
+            raise ValueError(
+                f"dual_clip must be above 1 + the clip range, {1 + self.highest_clip_range:g}, or it would undo the "
+                f"clip; {self.dual_clip:g} received"
+            )
+        return self
+
+    @property
+    def needs_critic(self) -> bool:
+        return self.estimator not in WITHOUT_CRITIC
+
+    @property
+    def highest_clip_range(self) -> float:
+        """The ratio is clipped at 1 + this."""
+        return self.clip_range if self.clip_range_high is None else self.clip_range_high
+
+    @property
+    def whitens_advantages(self) -> bool:
+        return self.estimator in WHITENED if self.whiten_advantages is None else self.whiten_advantages
 
 
 class CriticSettings(Section):
@@ -121,6 +212,8 @@ class CriticSettings(Section):
     """Learning rate of a separate critic."""
     coef: PositiveFloat = 0.1
     """Weight of the value loss where the trunk is shared."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps at the start in which the critic alone learns: a separate one, or the head on the shared trunk."""
 
 
 class KlSettings(Section):
