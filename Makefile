@@ -28,7 +28,7 @@ demo: setup ## all three steps on one machine, from nothing to an improved polic
 	@$(BIN)/rlhf demo
 
 test: setup ## the suite that needs nothing but pip
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not system and not docker"
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not system and not docker and not long"
 	@$(MAKE) --no-print-directory test-kernels
 
 test-kernels: setup ## part of make test: the kernels, in Triton's interpreter; no GPU is needed
@@ -39,6 +39,9 @@ test-system: setup ## the tests that need more than pip: Debian's redis-server
 
 bench: setup ## what it costs, measured: about a quarter of an hour; BENCH="generation weights" runs these alone
 	@$(BIN)/python benchmarks/run_all.py $(BENCH)
+
+test-long: setup ## proofs that take minutes; their results are in the README.md beside them
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m long -s
 
 test-docker: setup ## the deployment in containers, tried on a Docker engine: kills, pauses, scaling; some minutes
 	@$(BIN)/pytest -m docker -s tests/docker
@@ -97,4 +100,4 @@ clean: ## remove .venv, caches and generated code; runs/ stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f protos/rlhf/v1/*_pb2*
 
-.PHONY: help setup demo test test-kernels test-system test-docker engine up down logs status report token bench check format protos clean
+.PHONY: help setup demo test test-kernels test-system test-long test-docker engine up down logs status report token bench check format protos clean
