@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ import pytest
 
 from rlhf.data.rows import write_rows
 from rlhf.errors import DataError
-from rlhf.evaluate.plots import learning_curves, seconds_by_phase
+from rlhf.evaluate.plots import learning_curves, over_optimisation, seconds_by_phase
 from rlhf.evaluate.report import run
-from rlhf.evaluate.results import Evaluation, Pair, write_evaluation
+from rlhf.evaluate.results import Evaluation, Fit, Frontier, Pair, Point, write_evaluation, write_frontier
 from rlhf.models.folders import write_json
 from rlhf.settings.run import Settings
 from rlhf.supervisor.settings import RunSettings
@@ -60,7 +61,9 @@ class Page(HTMLParser):
 
     @property
     def headings(self) -> list[str]:
-        return re.findall(r"Summary|Outcome|Before and after|Learning curves|Time|Settings", self.text)
+        return re.findall(
+            r"Summary|Outcome|Over-optimisation|Before and after|Learning curves|Time|Settings", self.text
+        )
 
 
 def pair(number: int, before: str = " was dull.", judge_after: float | None = None) -> Pair:
@@ -101,6 +104,19 @@ def write_evaluated(settings: Settings, *pairs: Pair) -> None:
     write_evaluation(
         settings.paths.evaluation, Evaluation("before/", "after/", "rm/", "judge.jsonl", {}, 0, FIGURES, pairs)
     )
+
+
+def frontier(*fits: Fit) -> Frontier:
+    """Three points of best-of-n, and one of PPO."""
+    points = [Point("best_of_n", f"best of {n}", n / 4, (n / 4, n / 4), n, (1, 9), 0.1, (0, 0.2)) for n in (2, 4, 8)]
+    points.append(Point("rl", "step 9", 4.0, (3.0, 5.0), 2.0, (1, None), -0.1, (-0.3, 0.1)))
+    return Frontier("i", "r", "j", {}, 0, 9, 8, 4, 0.0, 0.5, 0.625, tuple(points), fits, {"rl": "too <few> points"})
+
+
+FIT = Fit(
+    *("best_of_n", 3, 0.3, (0.2, 0.4), 0.1, (-0.05, 0.2), 1.5, (1.0, None), 0.225, (0.1, None), 0.8, 1.75, 0.01),
+    curve=tuple((d / 4, d / 40, d / 50, d / 30) for d in range(8)),
+)
 
 
 def page(settings: Settings) -> Page:
@@ -144,18 +160,21 @@ def test_the_file_needs_nothing_beside_it(settings: Settings) -> None:
             assert ElementTree.fromstring(base64.b64decode(data)).tag.endswith("svg")
 
 
-@pytest.mark.parametrize("part", ["stage", "metrics", "evaluation"])
+@pytest.mark.parametrize("part", ["stage", "metrics", "evaluation", "frontier"])
 def test_any_part_alone_makes_a_report(settings: Settings, part: str) -> None:
     if part == "stage":
         write_stage(settings, "pretrain", 1.0, lm_perplexity=6.5)
     elif part == "metrics":
         write_rows(settings.paths.metrics, metrics(1))
+    elif part == "frontier":
+        write_frontier(settings.paths.frontier, frontier())
     else:
         write_evaluated(settings, pair(0))
     expected = {
         "stage": ["Summary", "Time", "Settings"],
         "metrics": ["Learning curves", "Settings"],
         "evaluation": ["Summary", "Outcome", "Before and after", "Settings"],
+        "frontier": ["Over-optimisation", "Settings"],
     }
     shown = page(settings)
     assert shown.headings == expected[part]
@@ -213,6 +232,30 @@ def test_a_broken_evaluation_is_named(settings: Settings) -> None:
     settings.paths.evaluation.write_text(json.dumps({"pairs": [{"prompt": "p"}]}))
     with pytest.raises(DataError, match=r"evaluation\.json: is no evaluation"):
         run(settings)
+
+
+def test_a_frontier_has_its_plot_its_fits_and_its_limits(settings: Settings) -> None:
+    write_frontier(settings.paths.frontier, frontier(FIT))
+    shown = page(settings)
+    for text in ("0.300 [0.200, 0.400]", "0.100 [−0.050, 0.200]", "1.50 [1.00, ∞]", "0.225 [0.100, ∞]", "0.010"):
+        assert text in shown.text, text
+    assert "PPO: no curve was fitted: too <few> points." in shown.text
+    assert "in 80% of the resamples" in shown.text
+    assert "The judge is a stand-in for people" in shown.text
+    (image,) = [attributes for tag, attributes in shown.tags if tag == "img"]
+    assert (
+        image["alt"]
+        == "best of 8 at 2.00 nats: reward +8.00, judge +0.10; step 9 at 4.00 nats: reward +2.00, judge -0.10"
+    )
+
+
+def test_a_peak_is_drawn_only_where_there_were_measurements() -> None:
+    seen, beyond, endless = (
+        base64.b64decode(over_optimisation(frontier(fit)).image.split(",")[1])
+        for fit in (FIT, replace(FIT, optimum_d=9.0), replace(FIT, optimum_d=None, optimum_gain=None))
+    )
+    assert beyond == endless
+    assert len(seen) > len(beyond)
 
 
 def test_curves_that_do_not_move_are_told_and_not_drawn() -> None:

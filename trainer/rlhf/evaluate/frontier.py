@@ -9,7 +9,7 @@ prompt.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ import numpy as np
 from rlhf.data.prompts import Prompt
 from rlhf.data.sampling import sampling_of
 from rlhf.errors import DataError
+from rlhf.evaluate.findings import FORMS, sentences
 from rlhf.evaluate.judge import Judge
 from rlhf.evaluate.policies import Answer, Policy, load_like
-from rlhf.evaluate.results import Fit, Form, Frontier, Interval, Point, write_frontier
+from rlhf.evaluate.results import Fit, Form, Frontier, Point, write_frontier
 from rlhf.evaluate.scaling import (
     Floats,
     Resamples,
@@ -37,9 +38,6 @@ from rlhf.observe.progress import progress
 from rlhf.settings.run import Settings
 
 log = logging.getLogger(__name__)
-
-FORMS: Mapping[Form, str] = {"best_of_n": "best-of-n", "rl": "PPO"}
-"""What people call them."""
 
 
 @dataclass(frozen=True)
@@ -190,30 +188,6 @@ def _point(one: Measured, resamples: Resamples) -> Point:
     kl, proxy, judge = (float(mean) for mean in values.mean(1))
     intervals = [percentile_interval(draws) for draws in resamples.means(values).T]
     return Point(one.form, one.name, max(kl, 0.0), intervals[0], proxy, intervals[1], judge, intervals[2])
-
-
-def sentences(frontier: Frontier) -> list[str]:
-    """What was found, one sentence a form."""
-    found: list[str] = [_sentence(fitted) for fitted in frontier.fits]
-    return found + [f"{FORMS[form]}: no curve was fitted: {why}." for form, why in frontier.refused.items()]
-
-
-def _sentence(fitted: Fit) -> str:
-    name, reach = FORMS[fitted.form], f"√KL {fitted.farthest_d:.2f}, the farthest point"
-    share = f"in {fitted.optimum_share:.0%} of the resamples it turns before {reach}"
-    if fitted.optimum_d is None or fitted.optimum_gain is None:
-        return f"{name}: the fitted curve of the judge's score has no peak; {share}."
-    gain = f"{fitted.optimum_gain:+.3f} {_bracket(fitted.optimum_gain_interval, 3)}"
-    peak = f"√KL {fitted.optimum_d:.2f} {_bracket(fitted.optimum_d_interval, 2)}, with {gain}"
-    if fitted.optimum_d > fitted.farthest_d:
-        return (
-            f"{name}: the fitted curve of the judge's score still rises at {reach}; its peak, at {peak}, lies beyond."
-        )
-    return f"{name}: the judge's score is predicted to peak at {peak}; {share}."
-
-
-def _bracket(interval: Interval, digits: int) -> str:
-    return "[" + ", ".join("∞" if end is None else f"{end:.{digits}f}" for end in interval) + "]"
 
 
 def _figures(frontier: Frontier) -> dict[str, Any]:

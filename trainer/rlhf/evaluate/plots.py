@@ -17,12 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from rlhf.evaluate.results import Pair
+from rlhf.evaluate.results import Fit, Form, Frontier, Interval, Pair, Point
 
 BEFORE, AFTER, ACCENT = "#98a2b3", "#1d5fa8", "#c2571a"
 _INK, _FAINT = "#344054", "#e4e7ec"
 _PHASES = ("#1d5fa8", "#7fb0e0", "#c2571a", "#eab38b", "#4d7c5b", "#a9c9b2", "#98a2b3", "#d0d5dd")
 _SIZE = (3.7, 2.3)
+_WIDE = (8.6, 3.2)
+_FORMS: Mapping[Form, tuple[str, str]] = {"best_of_n": (ACCENT, "best of n"), "rl": (AFTER, "PPO")}
 _SMOOTH_FROM = 80
 
 _LOOK: dict[Any, Any] = {
@@ -211,6 +213,90 @@ def calibration(predicted: Sequence[float], observed: Sequence[float], counts: S
         _legend(axes, 2)
         caption = "Larger dots hold more pairs; on the dashed line probabilities mean what they say."
         return Plot("Reward model's calibration", _svg(figure), caption, "Predicted against observed preferences")
+
+
+def over_optimisation(frontier: Frontier) -> Plot:
+    """The proxy's and the judge's gain against √KL; on the judge's side the fitted curves and their optimum."""
+    with matplotlib.rc_context(_LOOK):
+        figure = Figure(figsize=_WIDE, layout="constrained")
+        FigureCanvasSVG(figure)
+        for axes, name, label in zip(
+            figure.subplots(1, 2), ("proxy", "judge"), ("reward", "judge's score"), strict=True
+        ):
+            axes.set(xlabel="√KL to the initial policy, √nats", ylabel=f"change of {label}")
+            axes.axhline(0, color="#98a2b3", linewidth=0.9)
+            for form in _FORMS:
+                _points(axes, [point for point in frontier.points if point.form == form], name)
+            axes.set_xlim(left=0)
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        for fitted in frontier.fits:
+            _fitted(axes, fitted)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=6, handlelength=1.4)
+        caption = (
+            f"Means over {frontier.prompts} held-out prompts, relative to the initial policy, with 95 % intervals over "
+            f"prompts. Best-of-n stands at the upper bound of its KL, log n − (n − 1) / n; of the {frontier.samples} "
+            f"completions of a prompt {frontier.distinct_share:.0%} are different ones."
+        )
+        ends = [
+            max((p for p in frontier.points if p.form == form), key=lambda p: p.kl, default=None) for form in _FORMS
+        ]
+        alt = "; ".join(
+            f"{end.name} at {end.kl:.2f} nats: reward {end.proxy_gain:+.2f}, judge {end.judge_gain:+.2f}"
+            for end in ends
+            if end is not None
+        )
+        return Plot("Reward and judge, the farther from the initial policy", _svg(figure), caption, alt)
+
+
+def _points(axes: Axes, points: Sequence[Point], name: str) -> None:
+    if not points:
+        return
+    colour, label = _FORMS[points[0].form]
+    d = np.sqrt([point.kl for point in points])
+    gain = np.array([getattr(point, f"{name}_gain") for point in points])
+    axes.errorbar(
+        d,
+        gain,
+        xerr=_reach(d, [tuple(np.sqrt(np.maximum(_ends(p.kl_interval), 0))) for p in points]),
+        yerr=_reach(gain, [_ends(getattr(p, f"{name}_gain_interval")) for p in points]),
+        fmt="o",
+        markersize=4,
+        color=colour,
+        elinewidth=0.9,
+        label=label,
+    )
+
+
+def _fitted(axes: Axes, fitted: Fit) -> None:
+    colour, label = _FORMS[fitted.form]
+    d, gain, low, high = np.array(fitted.curve).T
+    axes.fill_between(d, low, high, color=colour, alpha=0.13, linewidth=0)
+    axes.plot(d, gain, color=colour, linewidth=1.3, label=f"fit of {label}")
+    if fitted.optimum_d is None or fitted.optimum_d > fitted.farthest_d:
+        return
+    ends = np.clip(_ends(fitted.optimum_d_interval), 0, fitted.farthest_d)
+    axes.errorbar(
+        [fitted.optimum_d],
+        [fitted.optimum_gain],
+        xerr=_reach(np.array([fitted.optimum_d]), [tuple(ends)]),
+        fmt="D",
+        markersize=6,
+        color=colour,
+        markeredgecolor="white",
+        elinewidth=2.2,
+        label="its peak",
+    )
+
+
+def _ends(interval: Interval) -> tuple[float, float]:
+    low, high = interval
+    return (np.inf if low is None else low), (np.inf if high is None else high)
+
+
+def _reach(middle: NDArray[Any], intervals: Sequence[tuple[float, ...]]) -> NDArray[Any]:
+    """[2, N]: how far each interval's ends are below and above its middle."""
+    low, high = np.array(intervals).T
+    return np.maximum(np.stack([middle - low, high - middle]), 0)
 
 
 def _curve_plot(curve: Curve, series: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> Plot:

@@ -16,16 +16,19 @@ import jinja2
 
 from rlhf.data.rows import read_rows
 from rlhf.errors import DataError
+from rlhf.evaluate.findings import FORMS, sentences
 from rlhf.evaluate.plots import (
     Plot,
     calibration,
     judge_distribution,
     learning_curves,
+    over_optimisation,
     reward_against_judge,
     seconds_by_phase,
 )
-from rlhf.evaluate.results import Evaluation, Pair, read_evaluation
+from rlhf.evaluate.results import Evaluation, Frontier, Interval, Pair, read_evaluation, read_frontier
 from rlhf.models.folders import read_json, storage_errors
+from rlhf.observe.diagnoses import summary
 from rlhf.settings.paths import RunPaths
 from rlhf.settings.run import Settings
 
@@ -75,7 +78,8 @@ def render(settings: Settings) -> str:
     stages = _stages(paths, settings.run.stages)
     metrics = [row.fields for row in read_rows(paths.metrics)] if paths.metrics.exists() else []
     evaluation = read_evaluation(paths.evaluation) if paths.evaluation.exists() else None
-    if not (stages or metrics or evaluation):
+    frontier = read_frontier(paths.frontier) if paths.frontier.exists() else None
+    if not (stages or metrics or evaluation or frontier):
         raise DataError("has nothing to report yet; run a stage first", path=paths.folder)
     figures = {name: value for stage in stages.values() for name, value in stage["figures"].items()}
     figures |= dict(evaluation.figures) if evaluation else {}
@@ -88,7 +92,10 @@ def render(settings: Settings) -> str:
         steps=len(metrics),
         curves=[*curves, *filter(None, [seconds_by_phase(metrics)])],
         constant=constant,
+        watched=any("diagnoses" in row for row in metrics),
+        found=summary(metrics),
         outcome=_outcome_plots(evaluation, stages),
+        frontier=_shown_frontier(frontier) if frontier else None,
         evaluation=evaluation,
         samples=_samples(evaluation.pairs) if evaluation else [],
         settings=_shown_settings(settings),
@@ -173,6 +180,27 @@ def _outcome_plots(evaluation: Evaluation | None, stages: Mapping[str, Mapping[s
     if bins:
         plots.append(calibration(*([row[name] for row in bins] for name in ("predicted", "observed", "pairs"))))
     return plots
+
+
+def _shown_frontier(frontier: Frontier) -> dict[str, Any]:
+    rows = [
+        (
+            FORMS[fitted.form],
+            _bracketed(fitted.alpha, fitted.alpha_interval, 3),
+            _bracketed(fitted.beta, fitted.beta_interval, 3),
+            _bracketed(fitted.optimum_d, fitted.optimum_d_interval, 2),
+            _bracketed(fitted.optimum_gain, fitted.optimum_gain_interval, 3),
+            f"{fitted.misfit:.3f}",
+        )
+        for fitted in frontier.fits
+    ]
+    return {"plot": over_optimisation(frontier), "fits": rows, "sentences": sentences(frontier)}
+
+
+def _bracketed(value: float | None, interval: Interval, digits: int) -> str:
+    """`value [low, high]`; None is infinite."""
+    shown, low, high = ("∞" if one is None else number(one, digits) for one in (value, *interval))
+    return f"{shown} [{low}, {high}]"
 
 
 def _samples(pairs: Sequence[Pair]) -> list[Sample]:

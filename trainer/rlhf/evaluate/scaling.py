@@ -198,7 +198,7 @@ def fit(form: Form, kl: Floats, gain: Floats, resamples: Resamples) -> Fit:
 def _check_points(d: Floats) -> None:
     if len(d) < FEWEST_POINTS:
         raise DataError(
-            f"{len(d)} points away from the initial policy are too few for a curve of two parameters; "
+            f"points away from the initial policy: {len(d)}, too few for a curve of two parameters; "
             f"{FEWEST_POINTS} are needed"
         )
     if d.max() < _LEAST_SPREAD * d.min():
