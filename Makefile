@@ -37,8 +37,30 @@ test-kernels: setup ## part of make test: the kernels, in Triton's interpreter; 
 test-system: setup ## the tests that need more than pip: Debian's redis-server
 	$(BIN)/pytest -m system
 
-bench: setup ## what it costs, measured: about a quarter of an hour; BENCH="generation weights" runs these alone
+# The last TRL with a PPO trainer, for comparison. Its environment stands on .venv's packages, so torch is the same one
+# and nothing of it gets into .venv.
+.venv-trl/installed: .venv/installed pyproject.toml constraints.txt
+	$(BIN)/python -m venv --clear .venv-trl
+	@$(BIN)/python -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})")' \
+	  > "$$(.venv-trl/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rlhf-venv.pth"
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group trl
+	@touch $@
+
+test-parity: setup .venv-trl/installed ## one PPO step against TRL 1.12.0's, number by number; makes .venv-trl
+	OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest -q tests/parity
+
+bench-trl: setup .venv-trl/installed ## samples a second against TRL 1.12.0's PPO trainer, some 20 minutes; makes .venv-trl
+	@$(BIN)/python benchmarks/against_trl.py
+	@$(BIN)/python benchmarks/table.py
+
+bench: setup ## what it costs, measured: about 25 minutes; BENCH="generation weights" runs these alone
 	@$(BIN)/python benchmarks/run_all.py $(BENCH)
+
+# Needs torch and Triton alone, so PYTHON may be a machine's own; unless it is given, .venv's if there is one.
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
+bench-gpu: ## the kernels against what the GPU can do and against others; PYTHON=python3 needs torch alone; ARGS="--minutes 9"
+	@$(GPU_PYTHON) benchmarks/gpu/run.py $(ARGS)
 
 test-long: setup ## proofs that take minutes; their results are in the README.md beside them
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m long -s
@@ -96,8 +118,8 @@ protos: setup ## generate the protobuf code again
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 
 clean: ## remove .venv, caches and generated code; runs/ stays
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-trl .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f protos/rlhf/v1/*_pb2*
 
-.PHONY: help setup demo test test-kernels test-system test-long test-docker engine up down logs status report token bench check format protos clean
+.PHONY: help setup demo test test-kernels test-parity test-system test-long test-docker engine up down logs status report token bench bench-gpu bench-trl check format protos clean
