@@ -60,3 +60,4 @@ def test_instructions_and_exponentials_per_position(compiled):
         assert 0.6 * instructions < figures["instructions"] <= instructions, f"{name}: {figures}"
         assert 0.8 * exponentials < figures["exponentials"] <= exponentials, f"{name}: {figures}"
         assert figures["wide_loads"] >= 4, f"{name}: {figures}"
+        assert figures["nan_maxima"] >= 1, f"{name}: {figures}"

@@ -150,6 +150,23 @@ def test_padding_of_the_vocabulary_has_no_probability():
     assert (weight[:600] != 0).any()
 
 
+@pytest.mark.parametrize("workspace_bytes", [KEPT, RECOMPUTED], ids=["kept", "recomputed"])
+def test_labels_that_a_bias_excludes(workspace_bytes):
+    """Whole slices of the vocabulary among them, and more of the reference's than of the policy's."""
+    arguments = layers(vocab=640)
+    arguments["labels"].clamp_(max=99)
+    arguments["lm_head_bias"][100:500] = -torch.inf
+    arguments["ref_lm_head_bias"] = arguments["lm_head_bias"].clone()
+    arguments["ref_lm_head_bias"][100:450] = 0.5
+    found, exact = fused_linear_logprobs(**arguments, workspace_bytes=workspace_bytes), truth(arguments)
+    for name in found._fields:
+        torch.testing.assert_close(getattr(found, name).double(), getattr(exact, name), atol=1e-5, rtol=0)
+    own = all_gradients(fused_linear_logprobs, arguments, workspace_bytes=workspace_bytes)
+    true = all_gradients(definitions.fused_linear_logprobs, double(arguments), logits_dtype=torch.float64)
+    for a, b in zip(own, true, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-4)
+
+
 def test_sixteen_bit_logits_are_worse_where_models_almost_agree():
     """Why logits are float32: rounding reads as KL."""
     arguments = layers(torch.bfloat16, tokens=(64,), vocab=3000, apart=1e-2)

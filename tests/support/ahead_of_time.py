@@ -129,6 +129,8 @@ def per_position(compiled: Any, variant: Variant) -> dict[str, float]:
     return {
         "instructions": round(len(instructions) / own, 2),
         "exponentials": round(sum("MUFU.EX2" in line for line in instructions) / own, 2),
+        # A maximum that drops NaN would hide a NaN logit; the interpreter's never does, so only this shows it.
+        "nan_maxima": round(sum("FMNMX.NAN" in line for line in instructions) / own, 2),
         "wide_loads": sum("LDG.E" in line and ".128" in line for line in instructions),
     }
 

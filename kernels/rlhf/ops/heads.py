@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 
+PRODUCT_ROWS = 16384
+
+
 class Head:
     """One model's hidden states [N, H] and output layer, weight [V, H] and bias [V]."""
 
@@ -84,8 +87,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a · b; total is float32."""
     if a.dtype == b.dtype == total.dtype:
         total.addmm_(a, b)
-    else:
-        total.add_(product(a, b, total.dtype))
+        return
+    # In parts, because the product in float32 is memory beside the workspace.
+    for part in slices(len(total), PRODUCT_ROWS):
+        total[part].add_(product(a[part], b, total.dtype))
 
 
 def slice_columns(tokens: int, vocab: int, place_bytes: int, limit_bytes: int) -> int:

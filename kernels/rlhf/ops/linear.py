@@ -226,6 +226,8 @@ def _statistics(
             rows.partials(logits, ref_logits, of, first_label + part.start, partials[:, i : i + 1])
             if keep:
                 kept, ref_kept = logits, ref_kept if ref_logits is None else ref_logits
+            # Or they would live on beside the next slice's.
+            del logits, ref_logits
         outputs = parallel.merge(partials, of, ref_head is not None, process_group)
     return (*outputs, kept, ref_kept.clone() if ref_kept is kept else ref_kept)
 
@@ -309,6 +311,7 @@ def _gradient(
             out = logits if own_memory else torch.empty_like(logits, dtype=found.dtype)
             rows.gradient(logits, ref_logits, of, first_label + part.start, outputs, upstream, out)
             found.add(out, part)
+            del logits, ref_logits, out
         parallel.sum_(found.hidden, process_group)
     return (
         found.hidden.to(hidden.dtype),
