@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,8 +39,9 @@ from rlhf.models.weights import copy_weights, load_weights, named_weights, read_
 from rlhf.policy.cache import check_cacheable
 from rlhf.policy.engine import EngineInfo, Event, Failed, GenerationRequest, Load, Versions
 from rlhf.policy.generation import Generation
-from rlhf.policy.lane import Lane
-from rlhf.wire.records import WeightVersion
+from rlhf.policy.lane import FixedShape, Lane
+from rlhf.serving.fixed_shapes import check_alike
+from rlhf.wire.records import Sampling, Stopping, WeightVersion
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,8 @@ class Limits:
     max_batch_tokens: int = 16384
     max_prefill_tokens: int = 4096
     max_waiting_sequences: int = 1024
+    deterministic: bool = False
+    """As `run.deterministic`: every forward pass has a shape that no other sequence has a part in."""
 
 
 class ContinuousEngine:
@@ -70,6 +74,7 @@ class ContinuousEngine:
 
         Raises:
             ModelError: its memory of earlier tokens cannot be kept in rows.
+            SettingsError: it is to be deterministic, and this machine gives equal sequences unequal numbers.
         """
         self.info = _info(model, check_cacheable(model))
         self._tokenizer = tokenizer
@@ -77,12 +82,16 @@ class ContinuousEngine:
         self.tokenizer_sha256 = tokenizer_sha256(tokenizer)
         self._eos_token_ids = end_token_ids(model, tokenizer)
         self._limits = limits
-        self._current = Lane(model, version)
+        self._shape = self._fixed_shape() if limits.deterministic else None
+        # Copied, because weights that lie elsewhere in memory may be summed in another order.
+        self._current = Lane(copy.deepcopy(model) if self._shape else model, version, self._shape)
         self._spare: Lane | None = None
         self._previous: WeightVersion | None = None
         self._prepared: WeightVersion | None = None
         self._waiting: deque[Generation] = deque()
         self._finish_times: deque[float] = deque(maxlen=256)
+        if self._shape is not None:
+            self._check_places(self._shape)
 
     @property
     def versions(self) -> Versions:
@@ -207,7 +216,7 @@ class ContinuousEngine:
     def _idle_spare(self, timeout_s: float) -> Lane:
         """The lane that is not current, once its sequences are done. Built at the first call."""
         if self._spare is None:
-            self._spare = Lane(copy.deepcopy(self._current.model), self._current.version)
+            self._spare = Lane(copy.deepcopy(self._current.model), self._current.version, self._shape)
         if not self._spare.idle.wait(timeout_s):
             raise DeadlineExceeded(
                 f"{len(self._spare.rows)} sequences still run on weights {self._spare.version}, whose place is needed"
@@ -237,6 +246,36 @@ class ContinuousEngine:
                 f"prompt and response may take {longest} tokens and the policy decodes {self._limits.max_batch_tokens} "
                 "together; lower max_new_tokens, or raise policy.max_batch_tokens"
             )
+        if self._shape is not None and longest > self._shape.columns:
+            raise RequestError(
+                f"prompt and response may take {longest} tokens and run.deterministic gives each of "
+                f"policy.max_sequences = {self._shape.rows} sequences {self._shape.columns}, an equal share of "
+                "policy.max_batch_tokens; raise that, or lower max_sequences or max_new_tokens"
+            )
+
+    def _fixed_shape(self) -> FixedShape:
+        limits = self._limits
+        columns = min(self.info.context, limits.max_batch_tokens // limits.max_sequences)
+        return FixedShape(limits.max_sequences, max(columns, 1))
+
+    def _check_places(self, shape: FixedShape) -> None:
+        """Equal sequences in all places at once, through a prefill and a decode step.
+
+        Raises:
+            SettingsError: their log-probs differ.
+        """
+        length = min(12, shape.columns)
+        prompt = (np.arange(length) % self.info.vocab_size).astype(np.int32)
+        equal = [
+            # An array of its own for each: equal arrays would share one prefill.
+            GenerationRequest(place, prompt.copy(), 0, Sampling(), Stopping(max_new_tokens=1))
+            for place in range(shape.rows)
+        ]
+        rows = [Generation(request, self._text, frozenset(), self.info.context) for request in equal]
+        self._current.join(rows)
+        tokens, logprobs = self._current.decode()
+        self._current.leave(set(rows))
+        check_alike(list(zip(tokens, logprobs, strict=True)), "the policy")
 
     def _time_to_finish_s(self, sequences: int) -> float:
         """How long that many sequences take to finish at the recent rate."""

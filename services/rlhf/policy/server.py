@@ -208,7 +208,11 @@ def load_engine(settings: Settings) -> tuple[Engine, Codec]:
     model = load_causal_lm(folder, device=policy.device, dtype=policy.dtype)
     version = WeightVersion("", 0, 0, weights_sha256(folder))
     limits = Limits(
-        policy.max_sequences, policy.max_batch_tokens, policy.max_prefill_tokens, policy.max_waiting_sequences
+        policy.max_sequences,
+        policy.max_batch_tokens,
+        policy.max_prefill_tokens,
+        policy.max_waiting_sequences,
+        settings.run.deterministic,
     )
     engine = ContinuousEngine(model, tokenizer, version, limits)
     return engine, TokenizerCodec(tokenizer, engine.tokenizer_sha256)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -61,9 +61,19 @@ class Scorer(Protocol):
 
 
 class ModelScorer:
-    def __init__(self, head: RewardHead, worker: WorkerThread, limits: Limits) -> None:
+    def __init__(
+        self,
+        head: RewardHead,
+        worker: WorkerThread,
+        limits: Limits,
+        forward: Callable[[Sequence[Reading]], Sequence[Score]] | None = None,
+    ) -> None:
+        """
+        Args:
+            forward: the head's, in passes of other shapes. None: as it is.
+        """
         self.about = head.about
-        self.batcher = Batcher(worker, head.forward, limits, length=lambda reading: len(reading.token_ids))
+        self.batcher = Batcher(worker, forward or head.forward, limits, length=lambda reading: len(reading.token_ids))
         self._head = head
         self._worker = worker
         self._max_tokens = head.max_context_tokens or limits.max_batch_tokens

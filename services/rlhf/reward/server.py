@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,9 @@ import numpy as np
 from rlhf.errors import SettingsError
 from rlhf.reward.requests import read_call
 from rlhf.reward.rules import load_rule
-from rlhf.reward.scorer import ModelScorer, RuleScorer, Scorer
+from rlhf.reward.scorer import ModelScorer, Reading, RuleScorer, Score, Scorer
 from rlhf.serving.batcher import Limits
+from rlhf.serving.fixed_shapes import LENGTH_STEP, ROWS, check_alike, in_fixed_shapes
 from rlhf.serving.server import Server, Start, run_server
 from rlhf.serving.worker_thread import WorkerThread
 from rlhf.settings.run import Settings
@@ -90,7 +91,29 @@ async def _load(settings: Settings, worker: WorkerThread) -> Scorer:
         return RuleScorer(await worker.run(load_rule, reward.rule), worker, limits)
     folder = reward.model or settings.paths.reward_model
     head = await worker.run(_load_head, folder, reward.device, reward.dtype, reward.threads)
-    return ModelScorer(head, worker, limits)
+    forward = await worker.run(_repeatable, head) if settings.run.deterministic else head.forward
+    return ModelScorer(head, worker, limits, forward)
+
+
+def _repeatable(head: RewardHead) -> Callable[[Sequence[Reading]], list[Score]]:
+    """Its forward pass in fixed shapes.
+
+    Raises:
+        SettingsError: they are not enough on this machine.
+    """
+    forward = in_fixed_shapes(
+        head.forward,
+        length=lambda reading: len(reading.token_ids),
+        filler=_filler,
+        longest=head.max_context_tokens,
+    )
+    scores = forward([_filler(LENGTH_STEP // 2)] * (ROWS - 2))
+    check_alike([(score.score, score.token_rewards.tobytes()) for score in scores], "the reward model")
+    return forward
+
+
+def _filler(tokens: int) -> Reading:
+    return Reading(np.zeros(tokens, dtype=np.int64), 1, tokens)
 
 
 def _load_head(folder: Path, device: str, dtype: str, threads: int) -> RewardHead:

@@ -22,6 +22,10 @@ class RunSettings(Section):
     run's sft/, else its pretrained/."""
     stages: tuple[Stage, ...] = ("pretrain", "sample", "rank", "reward-model", "ppo", "evaluate", "report")
     """What `rlhf run` does, in this order."""
+    deterministic: bool = False
+    """Equal settings on one machine make equal numbers, to the last bit, also through kills: forward passes of fixed
+    shape in every service, seeds that no repetition changes. Slower. Needs one worker, `threads` in every section that
+    has a model, and ppo.max_staleness = 0."""
     policies: PositiveInt = 1
     """Policy services that the supervisor starts."""
     workers: PositiveInt = 1
