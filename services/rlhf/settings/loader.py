@@ -67,6 +67,20 @@ def load_settings(
     return _validated(given)
 
 
+def with_overrides(settings: Settings, overrides: Sequence[str]) -> Settings:
+    """The settings with others in the place of some.
+
+    Args:
+        overrides: `section.field=value` each, as `--set` takes them.
+
+    Raises:
+        SettingsError: as `load_settings`.
+    """
+    content: dict[str, dict[str, Any]] = settings.model_dump()
+    given = [Given(section, field, value, "") for section, fields in content.items() for field, value in fields.items()]
+    return _validated([*given, *(_from_override(text) for text in overrides)])
+
+
 def sections() -> dict[str, type[Section]]:
     """Every section's name and class."""
     return {name: _section_class(info) for name, info in Settings.model_fields.items()}
@@ -192,7 +206,9 @@ def _sentence(error: Mapping[str, Any], source: Mapping[tuple[str, ...], str]) -
     rule = re.sub(r"^(Input|Value error,|String) ?(should )?", lambda m: "must " if m[2] else "", error["msg"])
     origin = source.get(where[:2])
     values = "" if len(where) < 2 else f"; received {_shown(error['input'])}"
-    return f"{'.'.join(where[:2])}: {rule}{values}{f' ({origin})' if origin else ''}"
+    # A rule over several sections names them itself.
+    place = f"{'.'.join(where[:2])}: " if where else ""
+    return f"{place}{rule}{values}{f' ({origin})' if origin else ''}"
 
 
 def _shown(value: Any) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+import torch.utils.deterministic
 
 from rlhf.errors import SettingsError, first_line
 
@@ -38,3 +41,21 @@ def set_threads(threads: int) -> None:
     """CPU threads of torch in this process; 0 leaves torch's own choice."""
     if threads > 0:
         torch.set_num_threads(threads)
+
+
+def about_machine() -> dict[str, str | int]:
+    """What decides the last bits of a result beside code and data: equal here, equal sums."""
+    return {
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def set_deterministic() -> None:
+    """From here on torch takes operations that give the same bits every time, and raises where it knows none."""
+    # cuBLAS: https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # New memory need not be filled: that finds faults, and costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from rlhf.errors import ModelError
@@ -17,6 +18,7 @@ from rlhf.wire.records import WeightVersion
 
 WEIGHTS_FILE = "model.safetensors"
 MANIFEST_FILE = "manifest.json"
+_METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True)
@@ -76,15 +78,20 @@ def write_weights(
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in named_weights(model).items()}
+    tensors = _on_cpu(model)
     with replacing_folder(Path(folder)) as temporary:
         file = temporary / WEIGHTS_FILE
-        save_file(tensors, file, metadata={"format": "pt"})
+        save_file(tensors, file, metadata=_METADATA)
         version = WeightVersion(run_id, epoch, step, sha256_file(file))
         shapes = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()}
         manifest = Manifest(version, file.stat().st_size, shapes, tokenizer_sha256, parent)
         write_json(temporary / MANIFEST_FILE, asdict(manifest))
     return version
+
+
+def published_sha256(model: nn.Module) -> str:
+    """Lower-case hex: of the file that `write_weights` would write of the model now."""
+    return hashlib.sha256(save(_on_cpu(model), metadata=_METADATA)).hexdigest()
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -135,6 +142,10 @@ def verify_file(path: Path, size_bytes: int, sha256: str) -> None:
         raise ModelError(f"{path} has {size} bytes where {size_bytes} were written; it was cut short or replaced")
     if sha256_file(path) != sha256:
         raise ModelError(f"{path} was altered: its sha256 is not the one it was written with")
+
+
+def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.cpu().contiguous() for name, tensor in named_weights(model).items()}
 
 
 def _first(names: list[str], limit: int = 3) -> str:

@@ -78,7 +78,7 @@ def capture(step: PpoStep) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore(step: PpoStep, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """The inverse of `capture`.
+    """The inverse of `capture`. The tensors become its optimisers' own.
 
     Raises:
         ModelError: the state is of a model of another shape.

@@ -1,4 +1,4 @@
-"""The frozen reference's output layer, fetched from its service once.
+"""The frozen reference's output layer, fetched from its service once; or read from its folder, where none runs.
 
 With it and the hidden states that rollouts bring, the trainer has the reference's whole distribution at every token:
 8 KB a token at a width of 4096 in bfloat16, where logits over 150,000 labels would be 300 KB.
@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import ModelError
+from rlhf.models.causal import load_causal_lm, weights_sha256
 from rlhf.models.compute import torch_dtype
-from rlhf.models.output_layer import OutputLayer
+from rlhf.models.folders import start_model
+from rlhf.models.output_layer import OutputLayer, output_layer
 from rlhf.ppo.settings import PpoSettings
 from rlhf.serving.client import connect_sync, stream_sync
+from rlhf.settings.run import Settings
 from rlhf.v1 import reference_pb2, reference_pb2_grpc, tensor_pb2
 
 _DTYPES = {
@@ -53,14 +56,42 @@ def fetch_reference(settings: PpoSettings, vocab_size: int) -> ReferenceLayer:
         )
         info = next(parts).info
         data = _received(parts, info)
-    if info.vocab_size != vocab_size:
-        raise ModelError(
-            f"ppo.reference: the reference's output layer is over {info.vocab_size} labels and the policy's over "
-            f"{vocab_size}; exact KL needs one vocabulary (kl.estimator, kl.loss_estimator)"
-        )
+    _check_vocabulary(info.vocab_size, vocab_size)
     values = torch.frombuffer(data, dtype=torch_dtype(_DTYPES[info.dtype])).to(settings.device)
     weight, bias = _apart(values, info)
     return ReferenceLayer(weight, bias, info.model_sha256)
+
+
+def load_reference(settings: Settings, vocab_size: int) -> ReferenceLayer:
+    """The same from the reference's folder, as its service would give it.
+
+    Args:
+        vocab_size: of the policy.
+
+    Raises:
+        ModelError: the folder holds no such model, or one of another vocabulary than the policy's.
+    """
+    folder = settings.reference.model or start_model(settings)
+    model = load_causal_lm(folder, dtype=settings.reference.dtype)
+    layer = output_layer(model)
+    _check_vocabulary(len(layer.weight), vocab_size)
+    weight, bias = (
+        None if part is None else part.detach().to(settings.ppo.device) for part in (layer.weight, layer.bias)
+    )
+    assert weight is not None
+    return ReferenceLayer(weight, bias, weights_sha256(folder))
+
+
+def _check_vocabulary(found: int, vocab_size: int) -> None:
+    """
+    Raises:
+        ModelError: they differ.
+    """
+    if found != vocab_size:
+        raise ModelError(
+            f"ppo.reference: the reference's output layer is over {found} labels and the policy's over {vocab_size}; "
+            "exact KL needs one vocabulary (kl.estimator, kl.loss_estimator)"
+        )
 
 
 def _received(parts: Iterator[reference_pb2.HeadPart], info: reference_pb2.HeadInfo) -> bytearray:

@@ -44,7 +44,13 @@ class TaskMaker:
         stopping: Stopping,
         tokenizer_sha256: str,
         ref_hidden_states: bool = False,
+        seed_of_attempt: bool = True,
     ) -> None:
+        """
+        Args:
+            seed_of_attempt: a prompt that is issued again is sampled with another seed. False: with the same, so that
+                what a restart sends again comes out as it did (`run.deterministic`).
+        """
         self.prompts = prompts
         self.run_id = run_id
         self.seed = seed
@@ -52,6 +58,7 @@ class TaskMaker:
         self.stopping = stopping
         self.tokenizer_sha256 = tokenizer_sha256
         self.ref_hidden_states = ref_hidden_states
+        self.seed_of_attempt = seed_of_attempt
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def task(self, issue: Issue, rollout_id: str, at_least: WeightVersion) -> PromptTask:
@@ -77,7 +84,7 @@ class TaskMaker:
         return order
 
     def _sampling_seed(self, issue: Issue) -> int:
-        key = f"{self.seed}/{issue.prompt_index}/{issue.attempt}".encode()
+        key = f"{self.seed}/{issue.prompt_index}/{issue.attempt if self.seed_of_attempt else 0}".encode()
         # 48 bits: room for the + k of the k-th completion in every language's integers.
         return int.from_bytes(hashlib.blake2b(key, digest_size=6).digest(), "little")
 
