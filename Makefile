@@ -39,12 +39,12 @@ test-system: setup ## the tests that need more than pip: Debian's redis-server
 
 # The last TRL with a PPO trainer, for comparison. Its environment stands on .venv's packages, so torch is the same one
 # and nothing of it gets into .venv.
+PURELIB := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 .venv-trl/installed: .venv/installed pyproject.toml constraints.txt
-	$(BIN)/python -m venv --clear .venv-trl
-	@$(BIN)/python -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})")' \
-	  > "$$(.venv-trl/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rlhf-venv.pth"
-	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
-	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group trl
+	$(BIN)/python -m venv --clear --without-pip .venv-trl
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c $(PURELIB))')" > "$$(.venv-trl/bin/python -c $(PURELIB))/rlhf-venv.pth"
+	$(BIN)/python -m pip --python .venv-trl/bin/python install --quiet --disable-pip-version-check -c constraints.txt \
+	  $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["trl"])')
 	@touch $@
 
 test-parity: setup .venv-trl/installed ## one PPO step against TRL 1.12.0's, number by number; makes .venv-trl
