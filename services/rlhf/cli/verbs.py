@@ -79,7 +79,7 @@ VERBS: tuple[Verb, ...] = (
         "stage",
         "step 3: the trainer",
         "ppo",
-        ("critic", "kl", "sampling", "redis"),
+        ("critic", "kl", "monitor", "sampling", "redis"),
         (
             *("critic", "kl", "sampling", "run.model", "policy.model", "policy.in_flight"),
             *("reward.model", "reward.rule", "reference.model"),

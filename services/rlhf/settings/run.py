@@ -5,7 +5,7 @@ from __future__ import annotations
 from rlhf.data.settings import DataSettings, WorldSettings
 from rlhf.evaluate.settings import EvaluateSettings
 from rlhf.policy.settings import PolicySettings, SampleSettings, SamplingSettings
-from rlhf.ppo.settings import CriticSettings, KlSettings, PpoSettings
+from rlhf.ppo.settings import CriticSettings, KlSettings, MonitorSettings, PpoSettings
 from rlhf.preference.settings import RankSettings, RewardModelSettings
 from rlhf.queues.settings import RedisSettings
 from rlhf.reference.settings import ReferenceSettings
@@ -54,6 +54,8 @@ class Settings(Section):
     """Step 3: the value function."""
     kl: KlSettings = KlSettings()
     """Step 3: the KL penalty."""
+    monitor: MonitorSettings = MonitorSettings()
+    """Step 3: what must hold while it trains."""
     evaluate: EvaluateSettings = EvaluateSettings()
     """Before and after."""
 

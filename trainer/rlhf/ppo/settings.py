@@ -248,3 +248,64 @@ class KlSettings(Section):
     def exact(self) -> bool:
         """Reward or loss needs it, and so the reference's hidden states."""
         return self.estimator == "exact" or self.exact_loss
+
+
+Action = Literal["warn", "stop", "off"]
+"""What a diagnosis leads to: a warning, an end of the run before its next checkpoint, or nothing."""
+
+
+class MonitorSettings(Section):
+    """One field for each diagnosis, then the bounds. `rlhf.ppo.invariants` holds what each of them looks at."""
+
+    first_ratio: Action = "warn"
+    """The probability ratio is not 1 before the first update."""
+    start_kl: Action = "warn"
+    """Policy and reference differ before the first step."""
+    policy_logprobs: Action = "warn"
+    """The policy service's log-probs are not the trainer's, for the same weights."""
+    sampling: Action = "stop"
+    """A rollout was sampled at another temperature than the trainer computes with, or through a filter."""
+    tokenizer: Action = "stop"
+    """A completion's tokens are not its text in the trainer's tokenizer."""
+    padding: Action = "stop"
+    """Tokens behind an end token count as sampled."""
+    replica_weights: Action = "warn"
+    """A policy replica holds other weights than those just published."""
+    entropy: Action = "warn"
+    """The mean entropy is below 0 or above that of a uniform distribution."""
+    negative_kl: Action = "warn"
+    """The KL to the reference is negative beyond chance."""
+    explained_variance: Action = "warn"
+    """The critic foresees less than a constant would."""
+    clip_fraction: Action = "warn"
+    """Too many tokens reach the clip."""
+    gradient: Action = "warn"
+    """A gradient's norm leaps, or stays 0."""
+    length: Action = "warn"
+    """Scores rise while completions grow out of proportion, or stop ending by themselves."""
+    ngrams: Action = "warn"
+    """Completions become alike: distinct pairs of tokens vanish."""
+    logprob_bound: PositiveFloat | None = None
+    """Largest |difference| of two computations of one log-prob, in nats; their mean may be a tenth. None: of the
+    coarsest dtype among trainer and services, 0.001 for float32, 0.1 for float16, 0.5 for bfloat16."""
+    window: PositiveInt = 5
+    """Steps that are averaged, at the start of the run and up to now, before they are compared: single steps are
+    noise."""
+    negative_kl_sigmas: PositiveFloat = 5.0
+    """Standard errors by which the mean KL may lie below 0. Sums over completions have long tails, so 3 would be too
+    few."""
+    explained_variance_min: float = Field(default=0.0, le=1)
+    """Least median over the window, once four windows have passed: at 0 the critic knows as much as a constant."""
+    clip_fraction_max: float = Field(default=0.3, gt=0, le=1)
+    """Largest median over the window. Beyond it a third of the batch has no gradient any more."""
+    gradient_factor: float = Field(default=10.0, gt=1)
+    """Largest norm, in medians of the window before. Between steps of one run it varies threefold."""
+    score_rise: float = Field(default=0.5, ge=0)
+    """From when on scores count as risen: standard deviations of the scores at the start."""
+    length_factor: float = Field(default=2.0, gt=1)
+    """Most that completions may grow, and that the share that ends by itself may shrink, against the start."""
+    ngram_factor: float = Field(default=2.0, gt=1)
+    """Most that the share of distinct token pairs may shrink against the start. Learning a taste costs a third."""
+    probe_every: NonNegativeInt = 10
+    """Steps between probes, in which each policy replica completes one prompt on the weights just published, to compare
+    its log-probs with the trainer's. 0: none."""
