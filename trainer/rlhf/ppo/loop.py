@@ -38,7 +38,10 @@ from rlhf.observe.progress import progress
 from rlhf.ppo.checkpoint import checkpoint_versions, checkpoints, load_checkpoint, save_checkpoint
 from rlhf.ppo.heartbeat import Heartbeat
 from rlhf.ppo.intake import Intake
+from rlhf.ppo.invariants import Diagnosis
 from rlhf.ppo.ledger import Ledger, Lineage
+from rlhf.ppo.monitor import Monitor
+from rlhf.ppo.probe import probe
 from rlhf.ppo.prompts import encoded_prompts
 from rlhf.ppo.publish import Publisher
 from rlhf.ppo.records import RunRecords
@@ -91,6 +94,8 @@ class Trainer:
         hash_of_tokenizer = tokenizer_sha256(self.tokenizer)
         self.publisher = Publisher(self.registry, self.paths.weights, hash_of_tokenizer, settings.ppo)
         self.ledger = self._open_ledger()
+        self.monitor = Monitor(settings, self.ppo_step.learner, self.tokenizer, self.records.rows())
+        self.probe_prompt = min(prompts, key=lambda prompt: len(prompt.token_ids))
         sampling, stopping = sampling_of(settings.sampling, settings.ppo.completions)
         maker = TaskMaker(
             prompts,
@@ -143,7 +148,7 @@ class Trainer:
         self.doing = "training"
         staleness = [self.ledger.staleness(rollout) for rollout in batch]
         self.ppo_step.learner.set_learning_rates(self._learning_rate_factor())
-        improved = self.ppo_step(batch)
+        improved = self.ppo_step(batch, self.monitor.look)
         clock.lap("seconds_train")
         self.ledger.train(batch)
         self.intake.trained(batch)
@@ -151,7 +156,9 @@ class Trainer:
         clock.lap("seconds_publish")
 
         figures = {**asdict(improved), "staleness_mean": sum(staleness) / len(staleness), **clock.laps}
-        self._record(figures, batch)
+        figures, diagnoses = self.monitor.judge(self.ledger.trained_steps, figures)
+        self._record(figures, batch, diagnoses)
+        self.monitor.act(figures, diagnoses)
         self._snapshot()
         if self._checkpoint_due():
             self._checkpoint()
@@ -166,13 +173,25 @@ class Trainer:
         self.doing = "publishing weights"
         lineage = self.ledger.lineage
         policy = self.ppo_step.learner.policy
-        self.publisher.publish(policy, lineage.run_id, lineage.epoch, self.ledger.trained_steps)
+        version = self.publisher.publish(policy, lineage.run_id, lineage.epoch, self.ledger.trained_steps)
+        # While the policies have nothing else to do.
+        self.monitor.published(version, self.publisher.held, self._probe)
         # Only now may prompts go out that ask for these weights.
         self.ledger.publish(self.ledger.trained_steps)
 
-    def _record(self, figures: dict[str, float], batch: list[Rollout]) -> None:
+    def _probe(self) -> dict[str, Rollout]:
+        return probe(
+            self.publisher.channels(),
+            self.probe_prompt,
+            self.publisher.version,
+            temperature=self.settings.sampling.temperature,
+            tokenizer_sha256=self.publisher.tokenizer_sha256,
+            timeout_s=self.settings.ppo.publish_timeout_s,
+        )
+
+    def _record(self, figures: dict[str, float], batch: list[Rollout], diagnoses: list[Diagnosis]) -> None:
         step = self.ledger.trained_steps
-        self.records.step(self.ledger.lineage.epoch, step, figures, batch)
+        self.records.step(self.ledger.lineage.epoch, step, figures, batch, diagnoses)
         if step % self.settings.ppo.sample_every == 0 or step == self.settings.ppo.steps:
             self.records.samples(step, batch)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from rlhf.ppo.settings import PpoSettings
 from rlhf.queues.registry import Registry, Replica
 from rlhf.serving.client import call_sync, connect_sync
 from rlhf.v1 import weights_pb2, weights_pb2_grpc
-from rlhf.wire.messages import to_version
+from rlhf.wire.messages import from_version, to_version
 from rlhf.wire.records import WeightVersion
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ class Publisher:
         self.folder = folder.absolute()
         self.tokenizer_sha256 = tokenizer_sha256
         self.settings = settings
+        self.held: Mapping[str, WeightVersion] = {}
+        """By replica's name, what it said to hold after the newest publish; of those that answered."""
         self._newest: WeightVersion | None = None
         self._channels: dict[str, grpc.Channel] = {}
 
@@ -70,6 +72,8 @@ class Publisher:
             raise StageFailed(f"{version} was not made current: another trainer of this run published in between")
         with ThreadPoolExecutor(max_workers=16) as pool:
             list(pool.map(lambda replica: self._commit(replica, version), prepared))
+            held = list(pool.map(self._current, replicas))
+        self.held = {replica.name: found for replica, found in zip(replicas, held, strict=True) if found is not None}
         self._newest = version
         return version
 
@@ -78,6 +82,10 @@ class Publisher:
         """The newest published weights."""
         assert self._newest is not None, "the source starts after the first publish"
         return self._newest
+
+    def channels(self) -> dict[str, grpc.Channel]:
+        """To every live replica, by its name."""
+        return {replica.name: self._channel(replica) for replica in self.registry.replicas()}
 
     def newest_epoch(self) -> int:
         """Of all versions in the folder; -1 where there are none."""
@@ -113,9 +121,22 @@ class Publisher:
         except (TransientError, WeightsMismatch) as error:
             log.warning("%s did not commit %s: %s", replica.name, version, error)
 
+    def _current(self, replica: Replica) -> WeightVersion | None:
+        """None: it is away, which is no statement about its weights."""
+        request = weights_pb2.CurrentRequest()
+        try:
+            answer = call_sync(self._stub(replica).Current, request, timeout_s=self.settings.publish_timeout_s)
+        except TransientError as error:
+            log.warning("%s does not say which weights it holds: %s", replica.name, error)
+            return None
+        return from_version(answer.current)
+
     def _stub(self, replica: Replica) -> weights_pb2_grpc.WeightsServiceStub:
+        return weights_pb2_grpc.WeightsServiceStub(self._channel(replica))
+
+    def _channel(self, replica: Replica) -> grpc.Channel:
         if replica.address not in self._channels:
             self._channels[replica.address] = connect_sync(
                 replica.address, token_file=self.settings.token_file, tls_ca=self.settings.tls_ca
             )
-        return weights_pb2_grpc.WeightsServiceStub(self._channels[replica.address])
+        return self._channels[replica.address]

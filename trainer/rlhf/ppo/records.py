@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from rlhf.models.folders import storage_errors
+from rlhf.ppo.invariants import Diagnosis
 from rlhf.settings.paths import RunPaths
 from rlhf.wire.records import Rollout
 
@@ -28,13 +30,27 @@ class RunRecords:
             _drop_cut_row(paths.trained)
         self.tensorboard = SummaryWriter(str(paths.tensorboard / "ppo"), purge_step=step)
 
-    def step(self, epoch: int, step: int, figures: Mapping[str, float], batch: Sequence[Rollout]) -> None:
+    def step(
+        self,
+        epoch: int,
+        step: int,
+        figures: Mapping[str, float],
+        batch: Sequence[Rollout],
+        diagnoses: Sequence[Diagnosis] = (),
+    ) -> None:
         """One optimisation step: `step` counts from 1 and is the step of the weights it made."""
         # Before the checkpoint that makes the step count: the audit drops the rows of steps that were undone.
         _append(self.paths.trained, {"epoch": epoch, "step": step, "rollout_ids": [r.rollout_id for r in batch]})
-        _append(self.paths.metrics, {"step": step, "epoch": epoch, **figures})
+        found = [asdict(diagnosis) for diagnosis in diagnoses]
+        _append(self.paths.metrics, {"step": step, "epoch": epoch, **figures, "diagnoses": found})
         for name, value in figures.items():
             self.tensorboard.add_scalar(name, value, step)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Of the steps so far, as `step` wrote them."""
+        if not self.paths.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.paths.metrics.read_text(encoding="utf-8").splitlines()]
 
     def samples(self, step: int, batch: Sequence[Rollout]) -> None:
         """A table of the completions that a step trains on, best score first."""

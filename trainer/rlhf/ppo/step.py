@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from rlhf.ppo.kl_control import KlController
 from rlhf.ppo.learner import Assessment, Learner, Targets, UpdateFigures
 from rlhf.ppo.rewards import shaped_scores, token_kl, token_rewards, whiten
 from rlhf.wire.records import Rollout
+
+Watch = Callable[[Sequence[Rollout], Experience, Assessment], None]
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,18 @@ class PpoStep:
         self.generator = generator
         self.blobs = blobs
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> StepFigures:
+    def __call__(self, rollouts: Sequence[Rollout], watch: Watch | None = None) -> StepFigures:
+        """
+        Args:
+            watch: called with what the present weights say, before they change.
+        """
         self._check_reference(rollouts)
         experience = gather(rollouts, self.blobs)
         passes = [list(self._minibatches(experience)) for _ in range(self.settings.epochs)]
         # The same micro-batches as the first pass: equal shapes make equal sums, so the first ratio is exactly 1.
         before = self.learner.assess(experience, [micro for minibatch in passes[0] for micro in minibatch])
+        if watch is not None:
+            watch(rollouts, experience, before)
         old_logprobs = before.logprobs if self.settings.old_logprobs == "recompute" else experience.service_logprobs
         kl_coef = self.kl.coef
 
