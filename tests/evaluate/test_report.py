@@ -275,3 +275,19 @@ def test_phases_are_stacked_longest_first() -> None:
     assert plot is not None
     assert plot.caption == "In total: wait 8 s, train 4 s."
     assert seconds_by_phase([{"step": 1}]) is None
+
+
+def test_what_the_monitor_found_is_a_table(settings: Settings) -> None:
+    found = {"name": "length", "severity": "warn", "what": "it grew <from> 9 to 20", "remedy": "Read the samples"}
+    rows = metrics(3)
+    rows[1]["diagnoses"], rows[2]["diagnoses"] = [found], [found]
+    write_rows(settings.paths.metrics, rows)
+    shown = page(settings).text.partition("Invariants")[2].partition("Settings")[0]
+    assert "lengthsteps 2 to 3it grew <from> 9 to 20Read the samples" in "".join(shown.splitlines())
+
+
+def test_a_run_in_which_everything_held_says_so(settings: Settings) -> None:
+    write_rows(settings.paths.metrics, [row | {"diagnoses": []} for row in metrics(3)])
+    assert "All that the trainer watches held in every step." in page(settings).text
+    write_rows(settings.paths.metrics, metrics(3))
+    assert "Invariants" not in page(settings).text, "nobody watched"

@@ -107,7 +107,9 @@ def test_a_run_under_way(
     registry.beat("rollouts", "worker-0", {"in_hand": 12, "stages": {"generating": 12}})
     prompts_queue(client, run_name, redis_settings).enqueue("one", b"x" * 2048)
     settings.paths.folder.mkdir(parents=True)
-    settings.paths.metrics.write_text('{"step": 4, "staleness_mean": 9}\n{"step": 5, "staleness_mean": 0.5}\n{"step"')
+    found = {"name": "length", "severity": "warn", "what": "it grew", "remedy": "Read [the] samples"}
+    rows = [{"step": 4, "staleness_mean": 9, "diagnoses": [found]}, {"step": 5, "staleness_mean": 0.5}]
+    settings.paths.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step"')
     process = {"name": "ppo", "state": "ready", "pid": 4711, "restarts": 2, "address": "", "log": "/logs/ppo.log"}
     settings.paths.processes.write_text(json.dumps([process]))
     with run_lock(settings.paths.lock):
@@ -118,8 +120,9 @@ def test_a_run_under_way(
     assert any(line.startswith("prompts 1 0 ") and line.endswith(" s 2 0") for line in lines)
     assert "policy-0 127.0.0.1:7101 r/0-5/bbbbbbbb ready" in lines
     assert "policy-1 127.0.0.1:7102 r/0-4/aaaaaaaa r/0-5/bbbbbbbb not ready" in lines
-    assert lines[-3:] == [
+    assert lines[-4:] == [
         "step 5 of 40 in epoch 0; staleness 0.5 steps; 1 stale, 0 dead; current weights r/0-5/bbbbbbbb",
         "the trainer waits for 12 of 64 rollouts",
         "worker-0 has 12 prompts in hand: 12 generating",
+        "warn: length (step 4, holds again): it grew. Read [the] samples",
     ]

@@ -6,7 +6,6 @@ logs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from rlhf.cli.records import StageRecord
 from rlhf.models.folders import read_json
+from rlhf.observe.diagnoses import metrics_rows, summary
 from rlhf.observe.waits import waits
 from rlhf.queues.connection import EMBEDDED, connect
 from rlhf.queues.deliveries import QueueDepth
@@ -61,11 +61,12 @@ def run(settings: Settings) -> None:
     if traffic is None or traffic.silent:
         if not any(process["name"] == "ppo" for process in processes):
             console.print("step 3 does not run: no trainer, worker or policy reports", highlight=False)
+        _print_all(console, diagnoses(paths))
         return
     for table in (_queue_table(traffic), _replica_table(traffic)):
         console.print(table)
-    for sentence in (*training(traffic, paths), *waits(traffic.beats, traffic.prompts, traffic.replicas)):
-        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    _print_all(console, [*training(traffic, paths), *waits(traffic.beats, traffic.prompts, traffic.replicas)])
+    _print_all(console, diagnoses(paths))
 
 
 def supervised(paths: RunPaths) -> list[dict[str, Any]]:
@@ -122,13 +123,19 @@ def training(traffic: Traffic, paths: RunPaths) -> list[str]:
     return ["; ".join(parts)]
 
 
+def diagnoses(paths: RunPaths) -> list[str]:
+    """What the trainer's monitor has found, in whatever step; nothing where it found nothing."""
+    return [str(found) for found in summary(metrics_rows(paths.metrics))]
+
+
 def _newest_metrics(paths: RunPaths) -> dict[str, Any]:
-    """The last whole row; the trainer may be writing the next one."""
-    if not paths.metrics.exists():
-        return {}
-    rows = [line for line in paths.metrics.read_text(encoding="utf-8").split("\n")[:-1] if line]
-    found: dict[str, Any] = json.loads(rows[-1]) if rows else {}
-    return found
+    rows = metrics_rows(paths.metrics)
+    return rows[-1] if rows else {}
+
+
+def _print_all(console: Console, sentences: Sequence[str]) -> None:
+    for sentence in sentences:
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 def _process_table(processes: Sequence[Mapping[str, Any]]) -> Table:
