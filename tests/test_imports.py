@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "preference": {*LOW, "data", "models", "observe", "ops", "reward", "sft"},
     "data": {*LOW, "reward", "wire"},
     "evaluate": {*LOW, "data", "models", "observe", "ops", "policy", "reference", "reward", "wire"},
-    "doctor": {*LOW, "models", "observe", "queues", "serving", "supervisor", "v1", "wire"},
+    "doctor": {*LOW, "data", "models", "observe", "ppo", "queues", "reward", "serving", "supervisor", "v1", "wire"},
 }
 
 

@@ -12,9 +12,10 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
-from rlhf.doctor.findings import Finding
+from rlhf.doctor.findings import Finding, telling
+from rlhf.doctor.models import check_tokens
 from rlhf.doctor.services import check_services
-from rlhf.errors import MachineError, RlhfError
+from rlhf.errors import MachineError
 from rlhf.observe.status import PATIENCE_S, supervised
 from rlhf.queues.connection import EMBEDDED, connect
 from rlhf.settings import Listen
@@ -34,7 +35,7 @@ def run(settings: Settings) -> None:
     """
     problems = []
     for check in CHECKS:
-        for finding in _findings(check, settings):
+        for finding in telling(check.__name__.removeprefix("check_"), check(settings)):
             print(finding, flush=True)
             problems += [] if finding.ok else [finding]
     if problems:
@@ -92,16 +93,9 @@ CHECKS: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
     check_redis,
     check_disk,
     check_ports,
+    check_tokens,
     check_services,
 )
-
-
-def _findings(check: Callable[[Settings], Iterator[Finding]], settings: Settings) -> Iterator[Finding]:
-    """An error of ours is a finding too: it says what happened and what to do."""
-    try:
-        yield from check(settings)
-    except RlhfError as error:
-        yield Finding(check.__name__.removeprefix("check_"), False, str(error))
 
 
 def _misfit(requirement: Requirement) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from rlhf.doctor.findings import Finding
+from rlhf.doctor.findings import Finding, telling
+from rlhf.doctor.models import check_logprobs, check_reward
 from rlhf.errors import InputError
 from rlhf.models.folders import sha256_file, start_model
 from rlhf.observe.status import look, supervised
@@ -41,6 +42,7 @@ class Asked:
     addresses: dict[str, str] = field(default_factory=dict)
     """By name of the service."""
     reward: reward_pb2.RewardInfoResponse | None = None
+    reward_address: str | None = None
     reference: reference_pb2.ReferenceInfoResponse | None = None
 
 
@@ -58,6 +60,10 @@ def check_services(settings: Settings) -> Iterator[Finding]:
     yield from check_tokenizers(asked)
     yield from _check_reference(asked, settings)
     yield from _check_weights(asked, settings)
+    policies = {name: asked.addresses[name] for name in asked.policies}
+    current = _current(settings) if policies else None
+    yield from telling("log-probs", check_logprobs(settings, policies, current))
+    yield from telling("reward", check_reward(settings, asked.reward_address))
 
 
 def addresses(settings: Settings) -> Iterator[tuple[str, str, str, bool]]:
@@ -159,6 +165,6 @@ def _ask(asked: Asked, name: str, section: str, address: str, settings: Settings
     if section == "policy":
         asked.policies[name] = answer
     elif section == "reward":
-        asked.reward = answer
+        asked.reward, asked.reward_address = answer, address
     else:
         asked.reference = answer
