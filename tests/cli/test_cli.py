@@ -10,8 +10,10 @@ import pytest
 
 from rlhf.cli import main as cli
 from rlhf.cli.arguments import parse
+from rlhf.cli.records import stage_settings
 from rlhf.cli.verbs import BY_NAME, VERBS
 from rlhf.errors import ModelError, SettingsError, StorageError, Unavailable
+from rlhf.ppo.settings import PpoSettings
 from rlhf.settings.loader import sections, setting_names
 from rlhf.settings.run import Settings
 
@@ -73,6 +75,15 @@ def test_a_verbs_names_are_real() -> None:
         assert set(verb.reads) <= set(sections())
         assert {name for name in verb.decided_by if "." not in name} <= set(sections())
         assert {name for name in verb.decided_by if "." in name} <= set(setting_names())
+        assert {f"{verb.section}.{name}" for name in verb.regardless_of} <= set(setting_names())
+
+
+def test_where_a_service_is_decides_nothing() -> None:
+    """The supervisor gives the trainer another address in every run, and a finished stage stays finished."""
+    settings, elsewhere = (Settings(ppo=PpoSettings(reference=f"127.0.0.1:{port}")) for port in (1, 2))
+    ppo = BY_NAME["ppo"]
+    assert stage_settings(ppo, settings) == stage_settings(ppo, elsewhere)
+    assert stage_settings(ppo, settings) != stage_settings(ppo, Settings(ppo=PpoSettings(steps=1)))
 
 
 def test_options_become_settings_and_the_last_word() -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 
 from rlhf import errors
 from rlhf.models.causal import load_causal_lm, weights_sha256
-from rlhf.models.tokenizer import tokenizer_sha256
 from rlhf.reference.server import SERVICE, starting
 from rlhf.reference.settings import ReferenceSettings
 from rlhf.serving.client import call, connect, connect_sync
@@ -23,43 +21,15 @@ from rlhf.serving.server import running
 from rlhf.settings.run import Settings
 from rlhf.supervisor.settings import RunSettings
 from rlhf.v1 import reference_pb2, reference_pb2_grpc
-from rlhf.wire.tensors import from_ragged, to_ragged, to_tensor
+from rlhf.wire.tensors import from_ragged
+from support.reference import FIRSTS, OWN, SEQUENCES, request, service
 from support.reflection import ReflectedService
-from support.tiny import tiny_lm_folder, tiny_tokenizer
-
-OWN = tokenizer_sha256(tiny_tokenizer())
-SEQUENCES = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]]
-FIRSTS = [2, 1, 3]
+from support.tiny import tiny_lm_folder
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_lm_folder(tmp_path_factory.mktemp("reference") / "model", request.param)
-
-
-@asynccontextmanager
-async def service(**settings: Any) -> AsyncIterator[Any]:
-    """A stub of a running service."""
-    reference = ReferenceSettings(**settings)
-    async with (
-        running("reference", reference, [SERVICE], starting(Settings(reference=reference))) as server,
-        connect(server.address, service=SERVICE) as channel,
-    ):
-        yield reference_pb2_grpc.ReferenceServiceStub(channel)
-
-
-def request(
-    sequences: Sequence[Sequence[int]] = SEQUENCES,
-    firsts: Sequence[int] = FIRSTS,
-    temperature: float | None = 1.0,
-    tokenizer_sha256: str = OWN,
-) -> reference_pb2.LogProbsRequest:
-    return reference_pb2.LogProbsRequest(
-        token_ids=to_ragged([np.array(sequence, dtype=np.int32) for sequence in sequences], np.int32),
-        first_scored=to_tensor(np.array(firsts, dtype=np.int64)),
-        temperature=temperature,
-        tokenizer_sha256=tokenizer_sha256,
-    )
 
 
 async def logprobs(stub: Any, *args: Any, **kwargs: Any) -> list[list[float]]:
@@ -129,6 +99,7 @@ def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(folder: Path) ->
         (request([[1] * 65], [1]), errors.RequestError, "65 tokens and the model's context is 64"),
         (request([[1] * 41], [1]), errors.RequestError, "41 tokens, and max_batch_tokens is 40"),
         (request(tokenizer_sha256="f" * 64), errors.TokenizerMismatch, "made by tokenizer ffffffffffff"),
+        (request(answer=7), errors.RequestError, "answer: 7 is none of .*ANSWER_HIDDEN_STATES"),
         (reference_pb2.LogProbsRequest(), errors.RequestError, "token_ids.values: a tensor is required"),
     ],
 )
@@ -149,6 +120,7 @@ def test_info_and_hashes(folder: Path) -> None:
             info = await call(stub.Info, reference_pb2.ReferenceInfoRequest(), timeout_s=20)
             response = await call(stub.LogProbs, request(tokenizer_sha256=""), timeout_s=20)
         assert (info.vocab_size, info.max_context_tokens, info.tokenizer_sha256) == (280, 64, OWN)
+        assert info.hidden_size == 16
         assert info.model_sha256 == response.model_sha256 == weights_sha256(folder)
 
     asyncio.run(scenario())

@@ -70,6 +70,7 @@ def test_many_completions_make_smaller_groups(completions: int, sizes: list[int]
         {"at_least": replace(VERSION, step=3)},
         {"at_least": None},
         {"tokenizer_sha256": "ef" * 32},
+        {"ref_hidden_states": True},
     ],
     ids=str,
 )

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from rlhf.models.causal import weights_sha256
+from rlhf.models.causal import load_causal_lm, weights_sha256
+from rlhf.models.output_layer import output_layer
 from rlhf.models.tokenizer import tokenizer_sha256
 from rlhf.policy.server import SERVICES as POLICY_SERVICES
 from rlhf.policy.server import starting as policy
 from rlhf.policy.settings import PolicySettings
+from rlhf.ppo.settings import ShapingSettings
 from rlhf.queues.connection import open_client
 from rlhf.queues.registry import open_registry
 from rlhf.queues.settings import RedisSettings
@@ -35,8 +38,9 @@ from rlhf.serving.server import running
 from rlhf.settings.run import Settings
 from rlhf.supervisor.settings import RunSettings
 from rlhf.v1 import rollout_pb2
+from rlhf.wire.blobs import read_blob
 from rlhf.wire.messages import from_rollout, to_prompt_task
-from rlhf.wire.records import PromptTask, Rollout, Sampling, Stopping
+from rlhf.wire.records import Blob, PromptTask, Rollout, Sampling, Stopping
 from support.tiny import tiny_lm_folder, tiny_reward_folder, tiny_tokenizer
 
 PROMPTS = ("A fine film with", "The plot was", "I liked it!", "Avoid this")
@@ -54,7 +58,7 @@ def settings(tmp_path: Path, redis_settings: RedisSettings, run_name: str) -> Se
     )
 
 
-def add_prompts(prompts: Queue, run: str, temperature: float) -> None:
+def add_prompts(prompts: Queue, run: str, temperature: float, ref_hidden_states: bool) -> None:
     tokenizer = tiny_tokenizer()
     for index, text in enumerate(PROMPTS):
         task = PromptTask(
@@ -69,15 +73,16 @@ def add_prompts(prompts: Queue, run: str, temperature: float) -> None:
             stopping=Stopping(max_new_tokens=12),
             at_least=None,
             tokenizer_sha256=tokenizer_sha256(tokenizer),
+            ref_hidden_states=ref_hidden_states,
         )
         prompts.enqueue(task.rollout_id, to_prompt_task(task).SerializeToString())
 
 
-async def roll_out(settings: Settings, temperature: float) -> list[Rollout]:
+async def roll_out(settings: Settings, temperature: float, ref_hidden_states: bool = False) -> list[Rollout]:
     client = open_client(settings.redis.url, settings.redis)
     prompts = prompts_queue(client, settings.run.name, settings.redis)
     rollouts = rollouts_queue(client, settings.run.name, settings.redis)
-    add_prompts(prompts, settings.run.name, temperature)
+    add_prompts(prompts, settings.run.name, temperature, ref_hidden_states)
     async with AsyncExitStack() as stack:
         addresses = {}
         for name, section, services, start in (
@@ -87,7 +92,7 @@ async def roll_out(settings: Settings, temperature: float) -> list[Rollout]:
         ):
             server = await stack.enter_async_context(running(name, section, services, start))
             addresses[name] = server.address
-        connected = await stack.enter_async_context(Services.connected(RolloutsSettings(**addresses)))
+        connected = await stack.enter_async_context(Services.connected(RolloutsSettings(**addresses), settings.shaping))
         registry = open_registry(client, settings.run.name, settings.redis)
         worker = Worker(settings, connected, prompts, rollouts, registry)
         work = asyncio.create_task(worker.work())
@@ -114,9 +119,60 @@ def test_policy_and_reference_of_one_model_agree_on_every_log_prob(settings: Set
         for completion in rollout.completions:
             mask = completion.response_mask
             assert 1 <= mask.sum() <= 12
+            assert completion.ref_logprobs is not None
             np.testing.assert_allclose(completion.logprobs[mask], completion.ref_logprobs[mask], atol=1e-4)
+            assert completion.ref_hidden is None
     scores = [completion.score for rollout in rollouts for completion in rollout.completions]
     assert len(set(scores)) > 8
+
+
+def test_a_completion_is_scored_up_to_where_it_is_truncated_and_learned_from_whole(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """The rule answers with what it read; the policy's tokens, log-probs and text stay."""
+    rule = tmp_path / "length.py"
+    rule.write_text("def length(items):\n    return [float(len(item.completion)) for item in items]\n")
+    shaping = ShapingSettings(truncate_at="e", truncate_after=2)
+    reward = RewardSettings(rule=f"{rule}:length")
+    rollouts = asyncio.run(roll_out(settings.model_copy(update={"shaping": shaping, "reward": reward}), 1.0))
+    completions = [completion for rollout in rollouts for completion in rollout.completions]
+    assert [one.score for one in completions] == [len(shaping.scored(one.text)) for one in completions]
+    cut = [one for one in completions if shaping.truncates(one.text)]
+    assert 0 < len(cut) < len(completions)
+    assert any(one.score < len(one.text) for one in cut)
+
+
+def test_a_reward_model_reads_truncated_text(settings: Settings) -> None:
+    scores = {}
+    for name, shaping in (("whole", ShapingSettings()), ("cut", ShapingSettings(truncate_at="e"))):
+        own = settings.run.model_copy(update={"name": f"{settings.run.name}-{name}"})
+        rollouts = asyncio.run(roll_out(settings.model_copy(update={"shaping": shaping, "run": own}), 1.0))
+        scores[name] = {one.text: one.score for rollout in rollouts for one in rollout.completions}
+    assert scores["whole"].keys() == scores["cut"].keys()
+    differing = [text for text, score in scores["whole"].items() if abs(score - scores["cut"][text]) > 1e-3]
+    assert differing
+    assert all("e" in text for text in differing)
+
+
+def test_hidden_states_arrive_from_which_the_log_probs_follow(settings: Settings) -> None:
+    """Longer completions' as blobs, shorter ones' in the rollout."""
+    inline_bytes = 6 * 16 * 4
+    reference = settings.reference.model_copy(update={"inline_bytes": inline_bytes})
+    settings = settings.model_copy(update={"reference": reference})
+    rollouts = asyncio.run(roll_out(settings, 0.7, ref_hidden_states=True))
+    layer = output_layer(load_causal_lm(settings.reference.model or ""))
+    kinds = set()
+    for completion in (one for rollout in rollouts for one in rollout.completions):
+        mask, hidden = completion.response_mask, completion.ref_hidden
+        assert completion.ref_logprobs is None
+        assert hidden is not None
+        kinds.add(type(hidden.content))
+        data = hidden.content if isinstance(hidden.content, bytes) else read_blob(settings.paths.blobs, hidden.content)
+        states = torch.frombuffer(bytearray(data), dtype=torch.float32).view(hidden.shape)
+        log_p = torch.log_softmax(states @ layer.weight.detach().T / 0.7, -1).numpy()
+        found = log_p[np.arange(mask.sum()), completion.token_ids[mask]]
+        np.testing.assert_allclose(found, completion.logprobs[mask], atol=1e-4)
+    assert kinds == {bytes, Blob}
 
 
 def test_prompts_that_share_calls_become_the_rollouts_that_they_become_alone(settings: Settings) -> None:
@@ -137,6 +193,8 @@ def test_prompts_that_share_calls_become_the_rollouts_that_they_become_alone(set
             assert one.token_ids.tolist() == other.token_ids.tolist()
             assert (one.seed, one.text, one.finish_reason) == (other.seed, other.text, other.finish_reason)
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+            assert one.ref_logprobs is not None
+            assert other.ref_logprobs is not None
             np.testing.assert_allclose(one.ref_logprobs, other.ref_logprobs, atol=1e-5)
             np.testing.assert_allclose(one.score, other.score, atol=1e-5)
 

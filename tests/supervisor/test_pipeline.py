@@ -228,6 +228,8 @@ def test_step_three_is_these_processes(tmp_path: Path) -> None:
     assert "--set rollouts.policy=127.0.0.1:7101,127.0.0.1:7102" in worker
     assert f"--set rollouts.reward={children['reward'].address}" in worker
     assert "--set rollouts.consumer=worker-1" in worker
+    trainer = " ".join(children["ppo"]._command)  # type: ignore[attr-defined]
+    assert f"--set ppo.reference={children['reference'].address}" in trainer
     policy = " ".join(children["policy-1"]._command)  # type: ignore[attr-defined]
     assert "--set policy.name=policy-1 --set policy.join_run=true --set policy.advertise=127.0.0.1:7102" in policy
     assert len({child.log for child in children.values()}) == len(children)

@@ -16,6 +16,7 @@ from rlhf.wire import messages
 from rlhf.wire.records import (
     Completion,
     FinishReason,
+    HiddenStates,
     LogprobMode,
     PromptTask,
     Rollout,
@@ -75,11 +76,12 @@ def scored_completions(draw: st.DrawFn) -> ScoredCompletion:
     token_ids = draw(tokens)
     length = len(token_ids)
     mask = np.array(draw(st.lists(st.booleans(), min_size=length, max_size=length)), np.bool_)
+    by_logprobs = draw(st.booleans())
     return ScoredCompletion(
         token_ids=token_ids,
         response_mask=mask,
         logprobs=np.where(mask, draw(array_of(length)), np.float32(np.nan)).astype(np.float32),
-        ref_logprobs=np.where(mask, draw(array_of(length)), np.float32(np.nan)).astype(np.float32),
+        ref_logprobs=np.where(mask, draw(array_of(length)), np.float32(np.nan)) if by_logprobs else None,
         score=draw(floats32),
         member_scores=draw(array_of(draw(st.integers(0, 3)))),
         token_rewards=draw(st.none() | array_of(length)),
@@ -87,11 +89,28 @@ def scored_completions(draw: st.DrawFn) -> ScoredCompletion:
         finish_reason=draw(st.sampled_from(FinishReason)),
         seed=draw(uint64),
         text=draw(texts),
+        ref_hidden=None if by_logprobs else hidden_states(int(mask.sum())),
     )
 
 
+def hidden_states(rows: int) -> HiddenStates:
+    return HiddenStates("bfloat16", (rows, 2), bytes(range(rows * 4)))
+
+
 tasks = st.builds(
-    PromptTask, ids, texts, uint64, uint32, tokens, texts, metadata, samplings, stoppings, st.none() | versions, texts
+    PromptTask,
+    ids,
+    texts,
+    uint64,
+    uint32,
+    tokens,
+    texts,
+    metadata,
+    samplings,
+    stoppings,
+    st.none() | versions,
+    texts,
+    st.booleans(),
 )
 rollouts = st.builds(
     Rollout,
@@ -209,6 +228,9 @@ def f32(*values: float) -> np.ndarray:
         ({"versions": (VersionSpan(version(1), 0, 0),)}, "a span from 0 to 0"),
         ({"versions": (VersionSpan(version(1), 0, 3),)}, "cover 3 of 2 sampled tokens"),
         ({"token_ids": np.array([5, -1, 7], np.int32)}, "token ids from -1 to 7"),
+        ({"ref_logprobs": None}, "one of the two expected, neither received"),
+        ({"ref_hidden": hidden_states(2)}, "one of the two expected, both received"),
+        ({"ref_logprobs": None, "ref_hidden": hidden_states(3)}, "ref_hidden_states: 3 rows for 2 sampled tokens"),
     ],
 )
 def test_a_scored_completion_that_cannot_be_trained_on_is_refused(changes: dict[str, Any], sentence: str) -> None:

@@ -8,7 +8,16 @@ from hypothesis.extra import numpy as arrays
 
 from rlhf.errors import RequestError
 from rlhf.v1 import tensor_pb2
-from rlhf.wire.tensors import from_ragged, from_tensor, to_ragged, to_tensor
+from rlhf.wire.records import Blob, HiddenStates
+from rlhf.wire.tensors import (
+    finite,
+    from_hidden_states,
+    from_ragged,
+    from_tensor,
+    to_hidden_states,
+    to_ragged,
+    to_tensor,
+)
 
 DTYPES = st.sampled_from(["<f4", "<f2", "<i4", "<i8", "?", ">f4", ">i4"])
 
@@ -105,3 +114,64 @@ def test_bad_boundaries_are_refused(cu_seqlens: list[int]) -> None:
     message = tensor_pb2.RaggedTensor(values=values, cu_seqlens=to_tensor(np.array(cu_seqlens, np.int64)))
     with pytest.raises(RequestError, match=r"^x.cu_seqlens: must rise from 0 to the number of values, 4"):
         from_ragged(message, "x")
+
+
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BLOB = Blob("file:///blobs/x", 24, "ab" * 32)
+
+
+def hidden(**changes: object) -> HiddenStates:
+    """[3, 2] float32, each byte 1."""
+    fields: dict[str, object] = {"dtype": "float32", "shape": (3, 2), "content": b"\1" * 24}
+    return HiddenStates(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", SIZES)
+@pytest.mark.parametrize("in_a_blob", [False, True])
+def test_hidden_states_come_back(dtype: str, in_a_blob: bool) -> None:
+    data = bytes(range(6 * SIZES[dtype]))
+    states = hidden(dtype=dtype, content=Blob("file:///blobs/x", len(data), "ab" * 32) if in_a_blob else data)
+    message = tensor_pb2.Tensor.FromString(to_hidden_states(states).SerializeToString())
+    assert message.dtype == tensor_pb2.DType.Value(f"DTYPE_{dtype.upper()}")
+    assert from_hidden_states(message, "x") == states
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        (tensor_pb2.Tensor(), "required and none was sent"),
+        (to_tensor(np.zeros((3, 2), np.int32)), "dtype DTYPE_INT32 is not accepted"),
+        (to_tensor(np.zeros(6, np.float32)), r"2 dimensions expected, shape \[6\] received"),
+        (to_hidden_states(hidden(content=b"\1" * 23)), r"shape \[3, 2\] of float32 takes 24 bytes, 23 received"),
+        (to_hidden_states(hidden(dtype="float16")), r"of float16 takes 12 bytes, 24 received"),
+        (to_hidden_states(hidden(shape=(4, 2), content=BLOB)), "takes 32 bytes, 24 received"),
+        (to_hidden_states(hidden(content=Blob("file:///x", 24, "../x"))), "64 hexadecimal digits.*'../x' received"),
+        (to_hidden_states(hidden(content=b"\1" * 20 + b"\0\0\xc0\x7f")), "not finite"),
+    ],
+)
+def test_hidden_states_that_cannot_be_used_are_refused(message: tensor_pb2.Tensor, sentence: str) -> None:
+    with pytest.raises(RequestError, match=f"^states: .*{sentence}"):
+        from_hidden_states(message, "states")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "good", "bad"),
+    [
+        # Largest and smallest numbers; infinities and NaN.
+        ("float32", "ffff7f7f 01000000", ["0000807f", "000080ff", "0100807f", "ffffffff"]),
+        ("bfloat16", "7f7f 7fff 0100", ["807f", "80ff", "817f", "ffff"]),
+        ("float16", "ff7b fffb 0100", ["007c", "00fc", "017c", "ffff"]),
+    ],
+)
+def test_what_is_not_finite_is_seen_in_every_dtype(dtype: str, good: str, bad: list[str]) -> None:
+    numbers = bytes.fromhex(good)
+    assert finite(HiddenStates(dtype, (1, len(numbers) // SIZES[dtype]), numbers))
+    for number in bad:
+        content = numbers + bytes.fromhex(number)
+        assert not finite(HiddenStates(dtype, (1, len(content) // SIZES[dtype]), content))
+
+
+def test_half_precision_agrees_with_numpy_on_what_is_finite() -> None:
+    for bits in range(0, 2**16, 7):
+        data = np.array([bits], "<u2").tobytes()
+        assert finite(HiddenStates("float16", (1, 1), data)) == bool(np.isfinite(np.frombuffer(data, "<f2"))[0])

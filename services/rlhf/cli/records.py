@@ -54,6 +54,8 @@ def stage_settings(verb: Verb, settings: Settings) -> dict[str, Any]:
     for name in (verb.section, *verb.decided_by):
         section, _, field = name.partition(".")
         decided[name] = content[section][field] if field else content[section]
+    for name in verb.regardless_of:
+        del decided[verb.section][name]
     return decided
 
 

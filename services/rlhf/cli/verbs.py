@@ -27,6 +27,8 @@ class Verb:
     decided_by: tuple[str, ...] = ()
     """Beside `section`, the sections (`kl`) and fields (`reward.rule`) on which a stage's result depends: `rlhf run`
     repeats a stage when one of them has changed."""
+    regardless_of: tuple[str, ...] = ()
+    """Fields of `section` on which it does not depend: where a service is, where files in passing lie."""
     asks_redis: bool = False
     """It asks the run's Redis, also after the run: an embedded one is started for as long as it takes."""
 
@@ -71,7 +73,7 @@ VERBS: tuple[Verb, ...] = (
         "service",
         "worker: prompts to policy, reward and reference to rollouts",
         "rollouts",
-        ("redis", "sampling"),
+        ("redis", "sampling", "shaping"),
     ),
     Verb(
         "ppo",
@@ -79,13 +81,22 @@ VERBS: tuple[Verb, ...] = (
         "stage",
         "step 3: the trainer",
         "ppo",
-        ("critic", "kl", "monitor", "sampling", "redis"),
+        ("critic", "kl", "shaping", "monitor", "sampling", "redis"),
         (
-            *("critic", "kl", "sampling", "run.model", "policy.model", "policy.in_flight"),
-            *("reward.model", "reward.rule", "reference.model"),
+            *("critic", "kl", "shaping", "sampling", "run.model", "policy.model", "policy.in_flight"),
+            *("reward.model", "reward.rule", "reference.model", "run.deterministic"),
         ),
+        regardless_of=("reference", "blobs"),
     ),
     Verb("audit", "rlhf.ppo.audit", "look", "account for every rollout of a run", "ppo", ("redis",), asks_redis=True),
+    Verb(
+        "replay",
+        "rlhf.ppo.replay",
+        "look",
+        "compute a step of a run again, or with other settings",
+        "replay",
+        ("kl", "ppo", "critic", "shaping"),
+    ),
     Verb(
         "evaluate",
         "rlhf.evaluate.compare",

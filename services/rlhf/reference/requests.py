@@ -22,18 +22,24 @@ class Item:
     token_ids: NDArray[np.integer[Any]]
     """[T]"""
     first_scored: int
-    """1..T - 1: log-probs are wanted of tokens [first_scored, T)."""
+    """1..T - 1: the answer is of tokens [first_scored, T)."""
     temperature: float
+    hidden_states: bool = False
+    """They are wanted in place of log-probs."""
 
 
 def read_items(request: reference_pb2.LogProbsRequest, max_batch_size: int) -> list[Item]:
     """
     Raises:
-        RequestError: no sequences or too many, no temperature, or a sequence with nothing to score.
+        RequestError: no sequences or too many, no temperature, an unknown kind of answer, or a sequence with nothing to
+            score.
     """
+    if request.answer not in reference_pb2.Answer.values():
+        raise RequestError(f"answer: {request.answer} is none of {reference_pb2.Answer.keys()}")
+    wants_hidden_states = request.answer == reference_pb2.ANSWER_HIDDEN_STATES
     sequences = from_ragged(request.token_ids, "token_ids", dtypes="i")
     check_count(len(sequences), "token_ids", max_batch_size)
-    temperature = _temperature(request)
+    temperature = 1.0 if wants_hidden_states else _temperature(request)
     firsts = from_tensor(request.first_scored, "first_scored", dtypes="i", ndim=1)
     if len(firsts) != len(sequences):
         raise RequestError(f"first_scored: {len(firsts)} for {len(sequences)} sequences")
@@ -43,7 +49,10 @@ def read_items(request: reference_pb2.LogProbsRequest, max_batch_size: int) -> l
                 f"first_scored: {first} for sequence {index} of {len(tokens)} tokens; from 1, since nothing comes "
                 "before token 0, to one less than the length expected"
             )
-    return [Item(tokens, int(first), temperature) for tokens, first in zip(sequences, firsts, strict=True)]
+    return [
+        Item(tokens, int(first), temperature, wants_hidden_states)
+        for tokens, first in zip(sequences, firsts, strict=True)
+    ]
 
 
 def _temperature(request: reference_pb2.LogProbsRequest) -> float:

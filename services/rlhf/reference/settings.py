@@ -20,3 +20,7 @@ class ReferenceSettings(Compute, Listen):
     """Time that a call waits for others to be batched with."""
     max_waiting_items: PositiveInt = 4096
     """Sequences that may wait; more are refused with RESOURCE_EXHAUSTED and a time to try again."""
+    blobs: Path | None = None
+    """Folder for hidden states larger than `inline_bytes`, shared with the trainer. None: the run's blobs/."""
+    inline_bytes: PositiveInt = 262144
+    """Hidden states of one sequence up to this size travel in the messages, larger ones as blobs."""

@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from rlhf.rollouts.services import Generated, References, Scores
-from rlhf.wire.records import Completion, Floats, PromptTask, Rollout, ScoredCompletion
+from rlhf.wire.records import Completion, Floats, HiddenStates, PromptTask, Rollout, ScoredCompletion
 
 
 def assemble(task: PromptTask, generated: Generated, scores: Scores, references: References, worker: str) -> Rollout:
@@ -35,12 +35,14 @@ def _scored(
     task: PromptTask, completion: Completion, index: int, scores: Scores, references: References
 ) -> ScoredCompletion:
     prompt_length, count = len(task.token_ids), len(completion.token_ids)
+    reference = references.answers[index]
+    ref_hidden = reference if isinstance(reference, HiddenStates) else None
     assert completion.logprobs is not None
     return ScoredCompletion(
         token_ids=np.concatenate([task.token_ids, completion.token_ids]),
         response_mask=np.arange(prompt_length + count) >= prompt_length,
         logprobs=_after_prompt(completion.logprobs, prompt_length),
-        ref_logprobs=_after_prompt(references.logprobs[index], prompt_length),
+        ref_logprobs=None if isinstance(reference, HiddenStates) else _after_prompt(reference, prompt_length),
         score=float(scores.scores[index]),
         member_scores=scores.member_scores[index],
         token_rewards=None,
@@ -48,6 +50,7 @@ def _scored(
         finish_reason=completion.finish_reason,
         seed=completion.seed,
         text=completion.text,
+        ref_hidden=ref_hidden,
     )
 
 

@@ -86,7 +86,7 @@ def _what_a_call_fixes(task: PromptTask) -> Hashable:
     """A call has a seed for each prompt or for none; everything else in it holds for all."""
     sampling = replace(task.sampling, seed=None)
     drawn = task.sampling.seed is None
-    return task.run_id, sampling, drawn, task.stopping, task.at_least, task.tokenizer_sha256
+    return task.run_id, sampling, drawn, task.stopping, task.at_least, task.tokenizer_sha256, task.ref_hidden_states
 
 
 def _evenly(prompts: list[InHand], most: int) -> list[list[InHand]]:

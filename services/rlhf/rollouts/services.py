@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from rlhf.errors import RlhfError
+from rlhf.ppo.settings import ShapingSettings
 from rlhf.rollouts.settings import RolloutsSettings
 from rlhf.serving.client import call, connect
 from rlhf.v1 import (
@@ -28,10 +29,16 @@ from rlhf.v1 import (
     tensor_pb2,
 )
 from rlhf.wire.messages import from_completion, from_sampling, to_sampling, to_stopping, to_version
-from rlhf.wire.records import Completion, Floats, LogprobMode, PromptTask, Sampling, Tokens
-from rlhf.wire.tensors import from_ragged, from_tensor, to_ragged, to_tensor
+from rlhf.wire.records import Completion, Floats, HiddenStates, LogprobMode, PromptTask, Sampling, Tokens
+from rlhf.wire.tensors import from_hidden_states, from_ragged, from_tensor, to_ragged, to_tensor
 
 T = TypeVar("T")
+
+WHOLE = ShapingSettings()
+"""Completions are scored as they are."""
+
+_ANSWERS = {False: reference_pb2.ANSWER_LOGPROBS, True: reference_pb2.ANSWER_HIDDEN_STATES}
+"""What the reference is asked for, by a task's `ref_hidden_states`."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class References:
-    logprobs: tuple[Floats, ...]
-    """K arrays, one log-prob per response token."""
+    answers: tuple[Floats | HiddenStates, ...]
+    """K, of one kind: for each response token a log-prob [R], or the state that it was predicted from [R, H]."""
     model_sha256: str
 
 
@@ -69,15 +76,17 @@ class Services:
         reward: reward_pb2_grpc.RewardServiceAsyncStub,
         reference: reference_pb2_grpc.ReferenceServiceAsyncStub,
         settings: RolloutsSettings,
+        shaping: ShapingSettings,
     ) -> None:
         self._policy = policy
         self._reward = reward
         self._reference = reference
         self._settings = settings
+        self._shaping = shaping
 
     @classmethod
     @asynccontextmanager
-    async def connected(cls, settings: RolloutsSettings) -> AsyncIterator[Services]:
+    async def connected(cls, settings: RolloutsSettings, shaping: ShapingSettings = WHOLE) -> AsyncIterator[Services]:
         async with AsyncExitStack() as stack:
             channels = [
                 await stack.enter_async_context(
@@ -94,6 +103,7 @@ class Services:
                 reward_pb2_grpc.RewardServiceStub(channels[1]),
                 reference_pb2_grpc.ReferenceServiceStub(channels[2]),
                 settings,
+                shaping,
             )
 
     async def generate(self, tasks: Sequence[PromptTask]) -> list[Generated]:
@@ -114,20 +124,28 @@ class Services:
         ]
 
     async def score(self, tasks: Sequence[PromptTask], generated: Sequence[Generated]) -> list[Scores]:
-        """Tokens with their text beside them, so that a reward model with another tokenizer or a rule can answer."""
+        """Whole completions as tokens with their text beside them, so that a reward model with another tokenizer or a
+        rule can answer; truncated ones as text alone, because where it is cut need not be the end of a token."""
         pairs = _pairs(tasks, generated)
+        texts = reward_pb2.TextBatch(
+            items=[
+                reward_pb2.TextItem(prompt=task.text, completion=self._shaping.scored(completion.text))
+                for task, completion in pairs
+            ]
+        )
         request = reward_pb2.ScoreRequest(
-            request_id=tasks[0].rollout_id,
-            tokens=reward_pb2.TokenBatch(
+            request_id=tasks[0].rollout_id, metadata=[reward_pb2.Metadata(fields=task.metadata) for task, _ in pairs]
+        )
+        if self._shaping.truncate_at is None:
+            tokens = reward_pb2.TokenBatch(
                 token_ids=to_ragged(_sequences(pairs), np.int32),
                 prompt_lengths=_prompt_lengths(pairs),
                 tokenizer_sha256=tasks[0].tokenizer_sha256,
-            ),
-            decoded=reward_pb2.TextBatch(
-                items=[reward_pb2.TextItem(prompt=task.text, completion=completion.text) for task, completion in pairs]
-            ),
-            metadata=[reward_pb2.Metadata(fields=task.metadata) for task, _ in pairs],
-        )
+            )
+            request.tokens.CopyFrom(tokens)
+            request.decoded.CopyFrom(texts)
+        else:
+            request.texts.CopyFrom(texts)
         response = await call(self._reward.Score, request, timeout_s=self._settings.score_timeout_s)
         scores = from_tensor(response.scores, "scores", dtypes="f", ndim=1)
         members = from_tensor(response.member_scores, "member_scores", dtypes="f", ndim=2)
@@ -141,7 +159,8 @@ class Services:
         ]
 
     async def refer(self, tasks: Sequence[PromptTask], generated: Sequence[Generated]) -> list[References]:
-        """At the temperature of the policy's log-probs: raw ones where it picks the most likely token."""
+        """Log-probs at the temperature of the policy's (raw ones where it picks the most likely token), or, where the
+        tasks say so, hidden states."""
         pairs = _pairs(tasks, generated)
         request = reference_pb2.LogProbsRequest(
             request_id=tasks[0].rollout_id,
@@ -149,15 +168,15 @@ class Services:
             first_scored=_prompt_lengths(pairs),
             temperature=tasks[0].sampling.temperature or 1.0,
             tokenizer_sha256=tasks[0].tokenizer_sha256,
+            answer=_ANSWERS[tasks[0].ref_hidden_states],
         )
         response = await call(self._reference.LogProbs, request, timeout_s=self._settings.score_timeout_s)
-        rows = from_ragged(response.logprobs, "logprobs", dtypes="f")
-        lengths = [len(row) for row in rows]
         expected = [len(completion.token_ids) for _, completion in pairs]
-        _expect(lengths == expected, "reference", f"log-probs of lengths {lengths} for tokens of {expected}", tasks)
-        _expect(all(np.isfinite(row).all() for row in rows), "reference", "a log-prob not finite", tasks)
+        read = _hidden_states if tasks[0].ref_hidden_states else _logprobs
         counts = [len(one.completions) for one in generated]
-        return [References(tuple(own), response.model_sha256) for own in in_rows(rows, counts)]
+        return [
+            References(tuple(own), response.model_sha256) for own in in_rows(read(response, expected, tasks), counts)
+        ]
 
 
 def generate_request(tasks: Sequence[PromptTask]) -> policy_pb2.GenerateRequest:
@@ -201,6 +220,31 @@ def _sequences(pairs: Sequence[tuple[PromptTask, Completion]]) -> list[Tokens]:
 
 def _prompt_lengths(pairs: Sequence[tuple[PromptTask, Completion]]) -> tensor_pb2.Tensor:
     return to_tensor(np.array([len(task.token_ids) for task, _ in pairs], dtype=np.int64))
+
+
+def _logprobs(
+    response: reference_pb2.LogProbsResponse, expected: list[int], tasks: Sequence[PromptTask]
+) -> list[Floats | HiddenStates]:
+    """
+    Args:
+        expected: number of response tokens of each completion of the call.
+    """
+    rows = from_ragged(response.logprobs, "logprobs", dtypes="f")
+    lengths = [len(row) for row in rows]
+    _expect(lengths == expected, "reference", f"log-probs of lengths {lengths} for tokens of {expected}", tasks)
+    _expect(all(np.isfinite(row).all() for row in rows), "reference", "a log-prob not finite", tasks)
+    return list(rows)
+
+
+def _hidden_states(
+    response: reference_pb2.LogProbsResponse, expected: list[int], tasks: Sequence[PromptTask]
+) -> list[Floats | HiddenStates]:
+    states = [from_hidden_states(message, "hidden_states") for message in response.hidden_states]
+    lengths = [one.shape[0] for one in states]
+    kinds = {(one.shape[1], one.dtype) for one in states}
+    _expect(lengths == expected, "reference", f"hidden states of lengths {lengths} for tokens of {expected}", tasks)
+    _expect(len(kinds) == 1, "reference", f"hidden states of several widths or dtypes, {sorted(kinds)},", tasks)
+    return list(states)
 
 
 def _check_completion(completion: Completion, place: tuple[int, int], tasks: Sequence[PromptTask]) -> None:

@@ -71,7 +71,7 @@ def run(settings: Settings) -> None:
 
 
 async def _until_signalled(settings: Settings, prompts: Queue, rollouts: Queue, registry: Registry) -> None:
-    async with Services.connected(settings.rollouts) as services:
+    async with Services.connected(settings.rollouts, settings.shaping) as services:
         worker = Worker(settings, services, prompts, rollouts, registry)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, worker.stopped.set)

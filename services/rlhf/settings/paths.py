@@ -94,7 +94,7 @@ class RunPaths:
 
     @property
     def blobs(self) -> Path:
-        """Step 3: hidden states on their way from the reference service to the trainer, named by their sha256."""
+        """Step 3: hidden states too large for a message, on their way from the reference service to the trainer."""
         return self.folder / "blobs"
 
     @property
@@ -121,6 +121,11 @@ class RunPaths:
     def trained(self) -> Path:
         """Step 3: JSONL, the rollout ids that each optimisation step trained on, by epoch; what the audit reads."""
         return self.folder / "trained.jsonl"
+
+    @property
+    def history(self) -> Path:
+        """Step 3: every rollout that was trained on, one file a step, for `rlhf replay`."""
+        return self.folder / "history"
 
     @property
     def sample_tables(self) -> Path:

@@ -105,7 +105,8 @@ def group(settings: Settings) -> list[Child]:
     for number in range(settings.run.workers):
         consumer = f"worker-{number}"
         children.append(_process(consumer, "rollouts", settings, _set({**addresses, "rollouts.consumer": consumer})))
-    return [*children, stage_process("ppo", settings)]
+    trainer = _process("ppo", "ppo", settings, _set({"ppo.reference": reference.address}), terminal=True)
+    return [*children, trainer]
 
 
 def _service(section: str, settings: Settings, number: int = 0) -> Process:

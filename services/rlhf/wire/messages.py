@@ -29,7 +29,7 @@ from rlhf.wire.records import (
     VersionSpan,
     WeightVersion,
 )
-from rlhf.wire.tensors import from_tensor, to_tensor
+from rlhf.wire.tensors import from_hidden_states, from_tensor, to_hidden_states, to_tensor
 
 E = TypeVar("E", bound=Enum)
 
@@ -111,6 +111,7 @@ def to_prompt_task(task: PromptTask) -> rollout_pb2.PromptTask:
         stopping=to_stopping(task.stopping),
         at_least=None if task.at_least is None else to_version(task.at_least),
         tokenizer_sha256=task.tokenizer_sha256,
+        ref_hidden_states=task.ref_hidden_states,
     )
 
 
@@ -134,6 +135,7 @@ def from_prompt_task(message: rollout_pb2.PromptTask) -> PromptTask:
         stopping=from_stopping(message.stopping, message.stopping.max_new_tokens),
         at_least=from_version(message.at_least) if message.HasField("at_least") else None,
         tokenizer_sha256=message.tokenizer_sha256,
+        ref_hidden_states=message.ref_hidden_states,
     )
 
 
@@ -188,7 +190,7 @@ def to_scored_completion(scored: ScoredCompletion) -> rollout_pb2.ScoredCompleti
         token_ids=to_tensor(scored.token_ids, np.int32),
         response_mask=to_tensor(scored.response_mask, np.bool_),
         logprobs=to_tensor(scored.logprobs, np.float32),
-        ref_logprobs=to_tensor(scored.ref_logprobs, np.float32),
+        ref_logprobs=None if scored.ref_logprobs is None else to_tensor(scored.ref_logprobs, np.float32),
         score=scored.score,
         member_scores=to_tensor(scored.member_scores, np.float32),
         token_rewards=None if scored.token_rewards is None else to_tensor(scored.token_rewards, np.float32),
@@ -196,6 +198,7 @@ def to_scored_completion(scored: ScoredCompletion) -> rollout_pb2.ScoredCompleti
         finish_reason=scored.finish_reason.value,  # type: ignore[arg-type]
         seed=scored.seed,
         text=scored.text,
+        ref_hidden_states=None if scored.ref_hidden is None else to_hidden_states(scored.ref_hidden),
     )
 
 
@@ -203,14 +206,19 @@ def from_scored_completion(message: rollout_pb2.ScoredCompletion) -> ScoredCompl
     """
     Raises:
         RequestError: an array is missing, of another length, or not finite where a number is needed; an enum has no
-            known value; the versions do not cover the sampled tokens.
+            known value; the versions do not cover the sampled tokens; not one, and one alone, of the reference's
+            log-probs and hidden states is there.
     """
+    has_hidden = message.HasField("ref_hidden_states")
+    if message.HasField("ref_logprobs") == has_hidden:
+        received = "both" if has_hidden else "neither"
+        raise RequestError(f"ref_logprobs, ref_hidden_states: one of the two expected, {received} received")
     token_rewards = _floats(message.token_rewards, "token_rewards") if message.HasField("token_rewards") else None
     scored = ScoredCompletion(
         token_ids=_tokens(message.token_ids, "token_ids"),
         response_mask=_mask(message.response_mask, "response_mask"),
         logprobs=_floats(message.logprobs, "logprobs"),
-        ref_logprobs=_floats(message.ref_logprobs, "ref_logprobs"),
+        ref_logprobs=None if has_hidden else _floats(message.ref_logprobs, "ref_logprobs"),
         score=message.score,
         member_scores=_floats(message.member_scores, "member_scores"),
         token_rewards=token_rewards,
@@ -218,6 +226,7 @@ def from_scored_completion(message: rollout_pb2.ScoredCompletion) -> ScoredCompl
         finish_reason=_enum(FinishReason, message.finish_reason, "finish_reason"),
         seed=message.seed,
         text=message.text,
+        ref_hidden=from_hidden_states(message.ref_hidden_states, "ref_hidden_states") if has_hidden else None,
     )
     _check(scored)
     return scored
@@ -305,22 +314,22 @@ def _check_spans(spans: Iterable[VersionSpan], tokens: int) -> None:
 
 
 def _check(scored: ScoredCompletion) -> None:
-    length = len(scored.token_ids)
+    length, mask = len(scored.token_ids), scored.response_mask
+    if len(mask) != length:
+        raise RequestError(f"response_mask: {len(mask)} entries for {length} tokens")
     per_token = {
-        "response_mask": scored.response_mask,
         "logprobs": scored.logprobs,
         "ref_logprobs": scored.ref_logprobs,
+        "token_rewards": scored.token_rewards,
     }
-    if scored.token_rewards is not None:
-        per_token["token_rewards"] = scored.token_rewards
     for name, array in per_token.items():
-        if len(array) != length:
+        if array is not None and len(array) != length:
             raise RequestError(f"{name}: {len(array)} entries for {length} tokens")
-    for name in ("logprobs", "ref_logprobs"):
-        if not np.isfinite(per_token[name][scored.response_mask]).all():
+        if array is not None and not np.isfinite(array[mask]).all():
             raise RequestError(f"{name}: not finite on a sampled token")
+    sampled = int(mask.sum())
+    if scored.ref_hidden is not None and scored.ref_hidden.shape[0] != sampled:
+        raise RequestError(f"ref_hidden_states: {scored.ref_hidden.shape[0]} rows for {sampled} sampled tokens")
     if not np.isfinite(scored.score) or not np.isfinite(scored.member_scores).all():
         raise RequestError("score: not finite")
-    if scored.token_rewards is not None and not np.isfinite(scored.token_rewards[scored.response_mask]).all():
-        raise RequestError("token_rewards: not finite on a sampled token")
-    _check_spans(scored.versions, int(scored.response_mask.sum()))
+    _check_spans(scored.versions, sampled)

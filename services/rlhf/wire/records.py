@@ -105,7 +105,7 @@ class Blob:
     """file:///…"""
     size_bytes: int
     sha256: str
-    """Lower-case hex; the file's name too."""
+    """Lower-case hex."""
 
 
 @dataclass(frozen=True)

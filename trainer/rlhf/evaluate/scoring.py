@@ -87,7 +87,7 @@ def logprob_sums(model: ReferenceModel, answers: Sequence[Answer], temperature: 
     items = [Item(answer.token_ids, len(answer.prompt_ids), temperature) for answer in answers]
     longest = max(len(item.token_ids) for item in items)
     batches = _chunks(items, max(1, _MAX_LOGITS // (longest * model.vocab_size)))
-    return np.array([logprobs.sum(dtype=np.float64) for batch in batches for logprobs in model.forward(batch)])
+    return np.array([logprobs.sum(dtype=np.float64) for batch in batches for logprobs in model.logprobs(batch)])
 
 
 def kl_sums(policy: Policy, initial: Policy, answers: Sequence[Answer], temperature: float) -> Scores:
