@@ -45,7 +45,7 @@ def measure(options: Options) -> Measured:
         parameters = make_model(folder / "model", quick=options.quick)
         model = load_causal_lm(folder / "model")
         # `generate` takes the model's own where the configuration given to it has None.
-        model.generation_config.eos_token_id = None  # type: ignore[union-attr]
+        model.generation_config.eos_token_id = None
         asked = asks(count, vocab_size=model.config.vocab_size, longest=options.size(MAX_NEW_TOKENS, 12))
         engine = _engine(model, folder / "model", in_flight)
         # Under a load, so that the first time counts for none.

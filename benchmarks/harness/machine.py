@@ -5,28 +5,29 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-from rlhf.errors import RedisUnsuitable
-from rlhf.supervisor.embedded_redis import find_server
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "grpcio", "protobuf", "redis", "numpy")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
-def described() -> dict[str, Any]:
+def described(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """Machine, versions, date and commit, as they are kept beside the figures."""
+    versions = {name: version(name) for name in packages}
+    if "redis" in packages:
+        versions["redis-server"] = _redis_server()
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES} | {"redis-server": _redis_server()},
+        "versions": versions,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
     }
@@ -41,6 +42,16 @@ def cpu_s(pid: int) -> float:
 def peak_rss_mib(pid: int) -> float:
     """The most that a process has had in memory, pages shared with others included."""
     return _kib(Path(f"/proc/{pid}/status"), "VmHWM:") / 1024
+
+
+def reset_peak_rss() -> None:
+    """This process's peak is what it has now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def rss_mib(pid: int) -> float:
+    """What a process has in memory now, pages shared with others included."""
+    return _kib(Path(f"/proc/{pid}/status"), "VmRSS:") / 1024
 
 
 def pss_mib(pid: int) -> float:
@@ -60,6 +71,10 @@ def _cpu_model() -> str:
 
 
 def _redis_server() -> str:
+    # Only here: the kernels' benchmark runs where the services' packages are not installed.
+    from rlhf.errors import RedisUnsuitable
+    from rlhf.supervisor.embedded_redis import find_server
+
     try:
         return ".".join(map(str, find_server().version))
     except RedisUnsuitable:
@@ -75,5 +90,8 @@ def _commit() -> str:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except FileNotFoundError:
+        return ""  # a machine without git: the commit is then unknown
     return done.stdout.strip()

@@ -33,6 +33,10 @@ SOME_FIGURES = {
         "new weights on 2 replicas, 64 calls in flight",
     },
     "queues": {"4 KiB: both at once", "64 KiB: Redis' peak memory", "64 KiB: refused, stream full"},
+    "linear": {
+        "forward: fused_linear_logprobs: times less memory",
+        "forward and backward: fused_linear_ppo_loss: time / log_softmax of all logits",
+    },
     "memory": {f"{name}: share of memory at most" for name in ("policy-0", "reward", "reference", "worker-0", "ppo")},
 }
 

@@ -32,7 +32,7 @@ def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **option
     launches[kernel.__name__] += 1
     if tensor.is_cuda:
         # A process may hold several GPUs, and Triton launches on the current one.
-        with torch.cuda.device_of(tensor):
+        with torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
             # The exponent's argument is one fused multiply and add; newer Tritons no longer fuse unless asked to.
             kernel[(programs,)](*arguments, **options, enable_fp_fusion=True)
     else:

@@ -202,7 +202,7 @@ class _InPlace(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, ref_logits, labels, kl, entropy, norms = ctx.saved_tensors
         upstream = rows.upstream(grads, has_ref=ref_logits is not None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from rlhf.ops import rows
 
@@ -16,7 +17,7 @@ def group_name(group: dist.ProcessGroup | None) -> str:
 
 def resolve(name: str) -> dist.ProcessGroup | None:
     """The group of that name."""
-    return dist.distributed_c10d._resolve_process_group(name) if name else None
+    return _resolve_process_group(name) if name else None  # type: ignore[no-any-return, arg-type]
 
 
 def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:

@@ -19,7 +19,7 @@ Offsets are int64 and grids have one dimension: tokens times vocabulary exceeds 
 65535. `rlhf.ops.rows` launches these, and holds the same computation in plain torch.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ it to itself. Such maps, (V, A) = (v + k V', c + b V' + a A'), compose to one of
 is one associative scan; blocks follow each other from the end, each starting from the next one's (V', A').
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
