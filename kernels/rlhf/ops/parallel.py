@@ -17,7 +17,7 @@ def group_name(group: dist.ProcessGroup | None) -> str:
 
 def resolve(name: str) -> dist.ProcessGroup | None:
     """The group of that name."""
-    return _resolve_process_group(name) if name else None  # type: ignore[no-any-return, arg-type]
+    return _resolve_process_group(name) if name else None  # type: ignore[arg-type]
 
 
 def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
