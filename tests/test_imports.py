@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "supervisor": {*LOW, "cli", "models", "observe", "queues", "serving"},
     "cli": {*LOW, "models", "observe"},
     "models": {*LOW, "wire"},
-    "ppo": {*LOW, "data", "models", "observe", "ops", "queues", "serving", "wire", "v1"},
+    "ppo": {*LOW, "data", "models", "observe", "ops", "queues", "reward", "serving", "wire", "v1"},
     "sft": {*LOW, "data", "models", "observe", "ops"},
     "preference": {*LOW, "data", "models", "observe", "ops", "reward", "sft"},
     "data": {*LOW, "reward", "wire"},

@@ -87,6 +87,8 @@ def _run(arguments: Arguments, settings: Settings, started_s: float) -> None:
     elif arguments.verb.asks_redis:
         with importlib.import_module("rlhf.supervisor.group").redis_at_hand(settings):
             run(settings)
+    elif arguments.verb.name == "replay":
+        run(settings, arguments.overrides)
     else:
         run(settings)
 
