@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MAY_BE_NEGATIVE = ("extra gap", "with models: what the services add")
 MAY_BE_ZERO = ("computed by", "Redis' CPU", "the client's cores")
 """CPU seconds come in ticks of 10 ms."""
-OF_THE_DEMO = ("transport", "memory")
+OF_THE_DEMO = ("transport", "memory", "determinism")
 SOME_FIGURES = {
     "generation": {
         "policy service / transformers generate",
@@ -37,6 +37,7 @@ SOME_FIGURES = {
         "forward: fused_linear_logprobs: times less memory",
         "forward and backward: fused_linear_ppo_loss: time / log_softmax of all logits",
     },
+    "determinism": {"deterministic / as it is", "a step, deterministic", "size of a step's rollouts, kept"},
     "memory": {f"{name}: share of memory at most" for name in ("policy-0", "reward", "reference", "worker-0", "ppo")},
 }
 
@@ -48,7 +49,7 @@ def test_every_benchmark_is_tried():
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """One folder for all, because transport and memory use the same models."""
+    """One folder for all, because transport, memory and determinism use the same models."""
     return tmp_path_factory.mktemp("benchmarks")
 
 
