@@ -12,15 +12,19 @@ from typing import Any
 from harness.bench import RESULTS
 from harness.machine import ROOT
 
-NAMES = ("generation", "scaling", "transport", "weights", "queues", "memory")
+NAMES = ("generation", "scaling", "transport", "weights", "queues", "memory", "linear", "determinism")
 """In the order of the tables, and of `make bench`."""
+GPU_NAMES = ("kernels-gpu",)
+"""Of `make bench-gpu`."""
+TRL_NAMES = ("trl",)
+"""Of `make bench-trl`."""
 MARKED = re.compile(r"(<!-- bench: begin -->\n).*?(<!-- bench: end -->)", re.DOTALL)
 
 Result = dict[str, Any]
 
 
 def load(folder: Path) -> list[Result]:
-    paths = [folder / f"{name}.json" for name in NAMES]
+    paths = [folder / f"{name}.json" for name in (*NAMES, *TRL_NAMES, *GPU_NAMES)]
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
@@ -93,13 +97,19 @@ def _measured_on(results: Sequence[Result]) -> list[str]:
         listed = ", ".join(f"{name} {version}" for name, version in versions.items())
         quick = ", **quick sizes: no measurement**" if result["quick"] else ""
         place = (
-            f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB, {machine['os']}; "
+            f"{_gpu(machine)}{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB, "
+            f"{machine['os']}; "
             f"Python {machine['python']}, {listed}; {machine['date'][:10]}, commit {machine['commit']}{quick}."
         )
         places.setdefault(place, []).append(result["benchmark"])
     if len(places) == 1:
         return [next(iter(places))]
     return [f"- {', '.join(names)}: {place}" for place, names in places.items()]
+
+
+def _gpu(machine: dict[str, Any]) -> str:
+    gpu = machine.get("gpu")
+    return f"{gpu['name']}, {gpu['memory_gib']:.0f} GiB, driver {gpu['driver']}; " if gpu else ""
 
 
 def main() -> None:
