@@ -157,7 +157,7 @@ _FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 def _is_its_text(completion: ScoredCompletion, tokenizer: PreTrainedTokenizerBase) -> bool:
     token_ids = completion.token_ids[completion.response_mask].tolist()
-    text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     # A stop string is cut off the text, not off the tokens.
     return text == completion.text or (
         completion.finish_reason is FinishReason.STOP_STRING and text.startswith(completion.text)
