@@ -67,8 +67,8 @@ def test_ppo_operator_is_registered_rightly():
         ppo_module._loss,
         (
             hidden, weight, bias, labels, ref, weight.detach() * 1.1, None, torch.zeros(5, device=DEVICE) - 4,
-            torch.ones(5, device=DEVICE), None, [True, True, True], 0.2, 0.2, 0.1, "exact", 0.01, 0.7, -100, 70,
-            torch.float32, 2**20, "",
+            torch.ones(5, device=DEVICE), None, [True, True, True], 0.2, 0.2, 0.1, "exact", 0.01, 3.0, True, 0.7, -100,
+            70, torch.float32, 2**20, "",
         ),
     )  # fmt: skip
 

@@ -47,6 +47,23 @@ def by_definition(arguments: dict[str, Tensor], terms: PpoTerms, dtype: torch.dt
     )[0]
 
 
+@pytest.mark.parametrize("terms", [PpoTerms(dual_clip=1.5), PpoTerms(ratio=False)], ids=["dual clip", "no ratio"])
+def test_other_policy_losses(terms):
+    """Fused, with their gradients, and unlike the plain clip on the same tokens."""
+    arguments = batch(torch.float32)
+    arguments["old_logprobs"] -= 1.0  # so that ratios are about e, beyond every clip
+    found = fused_linear_ppo_loss(**arguments, terms=terms, temperature=0.7)
+    expected = by_definition(arguments, terms, torch.float64)
+    torch.testing.assert_close(found.loss.double(), expected, atol=1e-3, rtol=1e-4)
+    assert abs(expected - by_definition(arguments, PpoTerms(), torch.float64)) > 0.1
+    own = gradients_of(lambda a: fused_linear_ppo_loss(**a, terms=terms, temperature=0.7).loss, arguments)
+    doubled = {name: x.double() if name in NAMES else x for name, x in arguments.items()}
+    true = gradients_of(lambda a: by_definition(a, terms, torch.float64), doubled)
+    for name, a, b in zip(NAMES, own, true, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-3, msg=name)
+    assert found.clipped_mask.any() == terms.ratio
+
+
 NAMES = ("hidden_states", "lm_head_weight", "lm_head_bias")
 
 

@@ -4,7 +4,7 @@ from rlhf.ops.advantages import gae
 from rlhf.ops.kl import kl_penalty
 from rlhf.ops.linear import fused_linear_logprobs
 from rlhf.ops.logprobs import logprobs_from_logits, logprobs_kl_from_logits
-from rlhf.ops.losses import PpoTerms, policy_loss, ppo_loss
+from rlhf.ops.losses import PpoTerms, policy_gradient_loss, policy_loss, ppo_loss
 from rlhf.ops.output import LogprobOutput
 from rlhf.ops.ppo import PpoLossOutput, fused_linear_ppo_loss
 
@@ -18,6 +18,7 @@ __all__ = [
     "kl_penalty",
     "logprobs_from_logits",
     "logprobs_kl_from_logits",
+    "policy_gradient_loss",
     "policy_loss",
     "ppo_loss",
 ]

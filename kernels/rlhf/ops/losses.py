@@ -32,6 +32,10 @@ class PpoTerms:
     """`exact` is over the whole vocabulary; the others see the sampled token (`kl_penalty`)."""
     entropy_coef: float = 0.0
     """Of the entropy, which lowers the loss."""
+    dual_clip: float | None = None
+    """A token with advantage A < 0 costs at most -A times this, however large its ratio; above 1. None: no such bound."""
+    ratio: bool = True
+    """False: -A log p instead of the clipped ratio, so old log-probs and clips mean nothing (`policy_gradient_loss`)."""
 
 
 def policy_loss(
@@ -41,14 +45,20 @@ def policy_loss(
     response_mask: Tensor,
     clip_low: float,
     clip_high: float,
+    dual_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Σ max(-A ρ, -A clip(ρ, 1 - clip_low, 1 + clip_high)) with ρ = exp(logprobs - old_logprobs).
+    """Σ max(-A ρ, -A clip(ρ, 1 - clip_low, 1 + clip_high)) with ρ = exp(logprobs - old_logprobs); with `dual_clip` c,
+    where A < 0, at most -A c.
+
+    The plain loss has no bound where A < 0: a token that old weights held for impossible may outweigh all others.
 
     Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7; two clip ranges: Yu et al. 2025,
-    "DAPO", eq. 10.
+    "DAPO", eq. 10; dual clip: Ye et al. 2020, "Mastering Complex Control in MOBA Games with Deep Reinforcement
+    Learning", section "Dual-clip PPO", arXiv:1912.09729.
 
     Args:
         all of one shape, float32, the mask bool; what lies outside the mask is ignored, NaN included.
+        dual_clip: above 1 + clip_high, or it would undo the clip. None: no such bound.
 
     Returns:
         the sum (scalar), and a bool mask of tokens whose ratio the clip held back.
@@ -59,13 +69,31 @@ def policy_loss(
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     clipped_mask = response_mask & (clipped > unclipped)
-    return torch.maximum(unclipped, clipped).sum(), clipped_mask
+    losses = torch.maximum(unclipped, clipped)
+    if dual_clip is not None:
+        bound = -advantages * dual_clip
+        bounded_mask = (advantages < 0) & (losses > bound)
+        losses, clipped_mask = torch.where(bounded_mask, bound, losses), clipped_mask | bounded_mask
+    return losses.sum(), clipped_mask
+
+
+def policy_gradient_loss(logprobs: Tensor, advantages: Tensor, response_mask: Tensor) -> Tensor:
+    """Σ -A log p, a scalar; at ρ = 1 its gradient is that of `policy_loss`.
+
+    Source: Williams 1992, "Simple Statistical Gradient-Following Algorithms"; Mnih et al. 2016, "Asynchronous Methods
+    for Deep Reinforcement Learning", section 4.
+
+    Args:
+        see `policy_loss`.
+    """
+    advantages = torch.where(response_mask, advantages, 0.0)
+    return -(advantages * torch.where(response_mask, logprobs, 0.0)).sum()
 
 
 def ppo_loss(
     tokens: LogprobOutput, old_logprobs: Tensor, advantages: Tensor, response_mask: Tensor, terms: PpoTerms
 ) -> tuple[Tensor, Tensor]:
-    """`policy_loss` + kl_coef Σ KL - entropy_coef Σ entropy.
+    """`policy_loss` (or `policy_gradient_loss`) + kl_coef Σ KL - entropy_coef Σ entropy.
 
     The KL term's gradient: of `exact` that of the true KL; of an estimator that of the estimate, as trainers use it,
     which for k1 is 0 in expectation and for k2 and k3 points the KL's way near the reference.
@@ -77,9 +105,13 @@ def ppo_loss(
     Raises:
         ValueError: the terms need what `tokens` lacks.
     """
-    loss, clipped_mask = policy_loss(
-        tokens.logprobs, old_logprobs, advantages, response_mask, terms.clip_low, terms.clip_high
-    )
+    if terms.ratio:
+        loss, clipped_mask = policy_loss(
+            tokens.logprobs, old_logprobs, advantages, response_mask, terms.clip_low, terms.clip_high, terms.dual_clip
+        )
+    else:
+        loss = policy_gradient_loss(tokens.logprobs, advantages, response_mask)
+        clipped_mask = torch.zeros_like(response_mask)
     if terms.kl_coef:
         loss = loss + terms.kl_coef * torch.where(response_mask, _kl(tokens, terms.kl_estimator), 0.0).sum()
     if terms.entropy_coef:

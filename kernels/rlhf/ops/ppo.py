@@ -95,12 +95,14 @@ def fused_linear_ppo_loss(
         *linear.flattened(policy), labels.reshape(-1).contiguous(), *linear.flattened(reference or (None, None, None)),
         old_logprobs.detach().reshape(-1).float(), advantages.detach().reshape(-1).float(),
         None if ref_logprobs is None else ref_logprobs.detach().reshape(-1).float(), needs,
-        terms.clip_low, terms.clip_high, terms.kl_coef, terms.kl_estimator, terms.entropy_coef, temperature,
-        ignore_index, vocab, logits_dtype,
+        terms.clip_low, terms.clip_high, terms.kl_coef, terms.kl_estimator, terms.entropy_coef, terms.dual_clip,
+        terms.ratio, temperature, ignore_index, vocab, logits_dtype,
         default_workspace_bytes(hidden_states.device) if workspace_bytes is None else workspace_bytes,
         parallel.group_name(process_group),
     )  # fmt: skip
-    tokens = linear.shaped(rows.RowOutputs(*found[5:], found[0]), labels.shape)
+    logprobs, ref, kl, entropy, logsumexp, ref_logsumexp = found[5:]
+    outputs = rows.RowOutputs(logprobs, ref, kl, entropy, logsumexp, ref_logsumexp, norms=found[0])
+    tokens = linear.shaped(outputs, labels.shape)
     if ref_logprobs is not None and reference is None:
         tokens = tokens._replace(ref_logprobs=torch.where(labels == ignore_index, 0.0, ref_logprobs.float()))
     return PpoLossOutput(found[0], tokens, found[4].view(labels.shape))
@@ -133,6 +135,8 @@ def _loss(
     kl_coef: float,
     kl_estimator: str,
     entropy_coef: float,
+    dual_clip: float | None,
+    ratio: bool,
     temperature: float,
     ignore_index: int,
     vocab: int,
@@ -141,7 +145,7 @@ def _loss(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss; gradients of hidden states, weight, bias; the clipped mask; six fields of rows.RowOutputs."""
-    terms = PpoTerms(clip_low, clip_high, kl_coef, kl_estimator, entropy_coef)  # type: ignore[arg-type]
+    terms = PpoTerms(clip_low, clip_high, kl_coef, kl_estimator, entropy_coef, dual_clip, ratio)  # type: ignore[arg-type]
     has_ref = ref_hidden is not None
     with torch.autocast(hidden.device.type, enabled=False):
         process_group = parallel.resolve(group)
@@ -166,6 +170,8 @@ def _loss(
                     all_rows[part] = some
             if any(needs):
                 found.add(chunk.gradient(upstream, found.dtype), chunk.columns, part)
+            # Or its logits would live on beside the next chunk's.
+            del chunk
         parallel.sum_(found.hidden, process_group)
     return (
         loss,
@@ -283,7 +289,7 @@ def _backward(ctx: Any, g_loss: Tensor | None, *others: Tensor | None) -> tuple[
         found = tuple(
             g * g_loss.to(g.dtype) if wanted else None for g, wanted in zip(ctx.saved_tensors, ctx.needs, strict=True)
         )
-    return *found, *([None] * 19)
+    return *found, *([None] * 21)
 
 
 _loss.register_autograd(_backward, setup_context=_keep)
