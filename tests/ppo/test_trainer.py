@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from rlhf.models.causal import load_causal_lm
 from rlhf.ppo import audit, intake, loop
 from rlhf.ppo.checkpoint import checkpoints
 from rlhf.ppo.learner import Learner
-from rlhf.ppo.settings import PpoSettings
+from rlhf.ppo.settings import CriticSettings, PpoSettings
 from rlhf.queues.connection import connect
 from rlhf.queues.keys import RunKeys
 from rlhf.settings.run import Settings
@@ -274,6 +275,36 @@ def test_a_linear_schedule_falls_to_zero(settings, worker, monkeypatch):
     assert factors == [1.0, 0.75, 0.5, 0.25]
 
 
+def test_a_run_without_a_critic_needs_no_reward_model_and_says_nothing_of_values(settings, worker):
+    shutil.rmtree(settings.paths.reward_model)
+    settings = changed(settings, estimator="rloo", steps=4)
+    loop.run(changed(settings, steps=2))
+    loop.run(settings)  # goes on from a checkpoint without a critic
+    assert audit.run(settings)["trained"] == 16
+    assert [row["step"] for row in metrics(settings)] == [1, 2, 3, 4]
+    for row in metrics(settings):
+        assert row["policy_grad_norm"] > 0
+        assert not {"value_loss", "explained_variance", "critic_grad_norm", "importance_mean"} & row.keys()
+
+
+def test_the_policy_stands_still_while_the_critic_warms_up(settings, worker):
+    settings = settings.model_copy(update={"critic": CriticSettings(warmup_steps=2)})
+    loop.run(changed(settings, steps=3))
+    moved = [row["policy_grad_norm"] > 0 for row in metrics(settings)]
+    assert moved == [False, False, True]
+
+
+def test_staleness_is_counted_by_steps(settings, worker):
+    settings = changed(settings, max_staleness=2, objective="decoupled")
+    loop.run(settings)
+    for row in metrics(settings):
+        counts = [row[f"staleness_{steps}"] for steps in range(3)]
+        assert sum(counts) == 4
+        assert row["staleness_mean"] == pytest.approx((counts[1] + 2 * counts[2]) / 4)
+        assert row["importance_mean"] > 0
+    assert sum(row["staleness_0"] for row in metrics(settings)) < 24, "generation overlapped training"
+
+
 def test_a_full_disk_ends_the_run_and_loses_nothing(settings, worker, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -303,3 +334,29 @@ def test_a_critic_with_a_shorter_context_is_refused(settings, tmp_path):
 def test_float16_is_refused():
     with pytest.raises(ValueError, match="float16 gradients underflow"):
         PpoSettings(dtype="float16")
+
+
+def monitored(settings, **monitor):
+    return settings.model_copy(update={"monitor": settings.monitor.model_copy(update=monitor)})
+
+
+def test_what_the_monitor_finds_is_in_the_metrics(settings, worker):
+    """The worker's log-probs are made up, and so are its reference's."""
+    loop.run(settings)
+    rows = metrics(settings)
+    assert all(diagnosis["severity"] == "warn" for row in rows for diagnosis in row["diagnoses"])
+    names = [{diagnosis["name"] for diagnosis in row["diagnoses"]} for row in rows]
+    assert names[0] >= {"policy_logprobs", "start_kl"}
+    assert all("policy_logprobs" in found and "start_kl" not in found for found in names[1:])
+    assert 0 < rows[0]["distinct_bigrams"] <= 1
+
+
+def test_a_diagnosis_stops_the_run_before_its_next_checkpoint(settings, worker):
+    settings = changed(settings, checkpoint_every=1)
+    with pytest.raises(StageFailed, match=r"^policy_logprobs: .* set monitor\.policy_logprobs to warn"):
+        loop.run(monitored(settings, policy_logprobs="stop"))
+    assert [path.name for path in checkpoints(settings.paths.checkpoints)] == ["0-0"]
+    assert [row["step"] for row in metrics(settings)] == [1], "the step that stopped it can be looked at"
+    assert loop.run(monitored(settings, policy_logprobs="off"))["rollouts"] == 24
+    assert all(diagnosis["name"] != "policy_logprobs" for row in metrics(settings) for diagnosis in row["diagnoses"])
+    assert audit.run(settings)["trained"] == 24

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from pydantic import model_validator
+
 from rlhf.data.settings import DataSettings, WorldSettings
 from rlhf.evaluate.settings import EvaluateSettings
 from rlhf.policy.settings import PolicySettings, SampleSettings, SamplingSettings
-from rlhf.ppo.settings import CriticSettings, KlSettings, MonitorSettings, PpoSettings
+from rlhf.ppo.settings import CriticSettings, KlSettings, MonitorSettings, PpoSettings, ReplaySettings, ShapingSettings
 from rlhf.preference.settings import RankSettings, RewardModelSettings
 from rlhf.queues.settings import RedisSettings
 from rlhf.reference.settings import ReferenceSettings
@@ -54,10 +58,31 @@ class Settings(Section):
     """Step 3: the value function."""
     kl: KlSettings = KlSettings()
     """Step 3: the KL penalty."""
+    shaping: ShapingSettings = ShapingSettings()
+    """Step 3: from what is scored to what is learned."""
     monitor: MonitorSettings = MonitorSettings()
     """Step 3: what must hold while it trains."""
+    replay: ReplaySettings = ReplaySettings()
+    """A step computed again."""
     evaluate: EvaluateSettings = EvaluateSettings()
     """Before and after."""
+
+    @model_validator(mode="after")
+    def _equal_settings_can_make_equal_numbers(self) -> Settings:
+        if self.run.deterministic:
+            for name, holds, needed in self._needed_to_be_deterministic():
+                if not holds:
+                    raise ValueError(f"run.deterministic needs {name} {needed}")
+        return self
+
+    def _needed_to_be_deterministic(self) -> Iterator[tuple[str, bool, str]]:
+        """Settings by name, whether they are as needed, and what is needed."""
+        yield "run.workers", self.run.workers == 1, "to be 1"
+        yield "ppo.max_staleness", self.ppo.max_staleness == 0, "to be 0: which weights sample would be chance"
+        for name, section in (("ppo", self.ppo), ("policy", self.policy), ("reference", self.reference)):
+            yield f"{name}.threads", section.threads > 0, "above 0: sums depend on the number of threads"
+        if not self.reward.rule:
+            yield "reward.threads", self.reward.threads > 0, "above 0: sums depend on the number of threads"
 
     @property
     def paths(self) -> RunPaths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -18,8 +20,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhf.errors import SettingsError
+from rlhf.errors import ModelError, SettingsError
 from rlhf.models.folders import replacing_folder, sha256_file
 from rlhf.models.pretrained import load_pretrained, weight_files
 
@@ -81,6 +84,24 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
                 setattr(module, name, 0.0)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Every layer's activations are computed again in the backward pass, not kept.
+
+    Layers do so in training mode alone. Only they themselves are put into it: what is inside them, dropout for one,
+    stays as it is.
+
+    Raises:
+        ModelError: the architecture does not support it.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(f"{type(model).__name__}: its layers cannot be checkpointed (ppo.gradient_checkpointing)")
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        layer.training = True
 
 
 def _check_shape(settings: PretrainSettings) -> None:

@@ -45,6 +45,10 @@ class Experience:
     """[N] float32; 0 where the reward service gave none."""
     ended_mask: Tensor
     """[S] bool, True = the policy ended the completion itself."""
+    groups: Tensor
+    """[S] int64, from 0: which prompt (rollout) each sequence answers."""
+    texts: tuple[str, ...]
+    """[S], of the completions."""
 
     def ref_hidden_of(self, positions: Tensor) -> Tensor | None:
         """[n, H]: rows of `ref_hidden` for sampled tokens at these positions of the N."""
@@ -92,6 +96,8 @@ def gather(rollouts: Sequence[Rollout], blobs: Path | None = None) -> Experience
         scores=torch.tensor([c.score for c in completions], dtype=torch.float32),
         token_rewards=_flat([_token_rewards(c) for c in completions], np.float32),
         ended_mask=torch.tensor([c.finish_reason.ended for c in completions]),
+        groups=torch.tensor([group for group, rollout in enumerate(rollouts) for _ in rollout.completions]),
+        texts=tuple(c.text for c in completions),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.errors import StageFailed
+from rlhf.models.causal import checkpoint_activations
 from rlhf.models.compute import torch_dtype
 from rlhf.models.output_layer import hidden_states, output_layer
 from rlhf.models.reward import RewardModel
@@ -36,6 +37,7 @@ class Assessment:
     """Exact KL(policy ‖ reference) of the distribution that each token was sampled from. None: log-probs were given."""
     entropy: Tensor
     values: Tensor
+    """All 0 where there is no critic."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Targets:
     ref_logprobs: Tensor
     old_values: Tensor
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None
+    """None: no critic is trained."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +57,22 @@ class UpdateFigures:
     """One update, as means over the minibatch's sampled tokens; norms are those before clipping."""
 
     policy_loss: float
-    value_loss: float
+    value_loss: float | None
+    """None: there is no critic."""
     clip_fraction: float
     approx_kl: float
     """½ E[(log ratio)²]: how far this update's weights are from those that sampled, in nats."""
     max_ratio_error: float
     """max |ratio - 1|."""
     policy_grad_norm: float
-    critic_grad_norm: float
+    critic_grad_norm: float | None
 
 
 class Learner:
     """
     Args:
         policy: a causal language model; trained in place.
-        critic: a scalar model, or None for a head on the policy's trunk.
+        critic: a scalar model, or None for a head on the policy's trunk; not used where the estimator needs none.
         reference: the reference's output layer, where it gives hidden states; frozen.
         temperature: at which completions are sampled; divides the logits here too.
         pad_id: fills the padding; any id in the vocabulary will do.
@@ -93,15 +97,22 @@ class Learner:
         self.output_layer = output_layer(policy)
         self.reference = reference
         self.terms = PpoTerms(
-            settings.clip_range, settings.clip_range, kl.loss_coef, kl.loss_estimator, settings.entropy_coef
-        )
+            settings.clip_range, settings.highest_clip_range, kl.loss_coef, kl.loss_estimator, settings.entropy_coef,
+            settings.dual_clip, ratio=settings.estimator != "a2c",
+        )  # fmt: skip
         self.exact_loss = kl.exact_loss
         self.temperature = temperature
         self.pad_id = pad_id
         self.device = torch.device(settings.device)
+        self.policy_learns = True
+        """False while the critic warms up."""
         # Zeros: the first values, and so the first advantages, owe nothing to chance (lm-human-preferences, scale=0).
         self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, 1, bias=False).to(self.device)
         nn.init.zeros_(self.value_head.weight)
+        if settings.gradient_checkpointing:
+            for model in (policy, critic):
+                if model is not None:
+                    checkpoint_activations(model)
         self.optimizers = self._optimizers()
 
     def assess(self, experience: Experience, micro_batches: Iterable[MicroBatch]) -> Assessment:
@@ -113,7 +124,9 @@ class Learner:
             for micro in micro_batches:
                 at = micro.sampled(experience.response_mask)
                 tokens, own_values = self._forward(experience, micro, at, with_reference=exact)
-                logprobs[at], entropy[at], values[at] = tokens.logprobs.cpu(), _cpu(tokens.entropy), own_values.cpu()
+                logprobs[at], entropy[at] = tokens.logprobs.cpu(), _cpu(tokens.entropy)
+                if own_values is not None:
+                    values[at] = own_values.cpu()
                 if exact:
                     ref_logprobs[at], kl[at] = _cpu(tokens.ref_logprobs), _cpu(tokens.kl)
         return Assessment(logprobs, ref_logprobs, kl if exact else None, entropy, values)
@@ -123,9 +136,14 @@ class Learner:
         tokens = sum(int(experience.response_mask[micro.indices].sum()) for micro in minibatch)
         parts = [self._accumulate(experience, micro, targets, tokens) for micro in minibatch]
         norms = {name: self._clip_and_step(name, optimizer) for name, optimizer in self.optimizers.items()}
-        return replace(
-            _total(parts), policy_grad_norm=norms["policy"], critic_grad_norm=norms.get("critic", norms["policy"])
-        )
+        critic_norm = norms.get("critic", norms["policy"]) if self.settings.needs_critic else None
+        return replace(_total(parts), policy_grad_norm=norms["policy"], critic_grad_norm=critic_norm)
+
+    def begin_step(self, trained_steps: int) -> None:
+        """What depends on how many steps were made: learning rates, and whether the critic still learns alone."""
+        linear = self.settings.lr_schedule == "linear"
+        self.set_learning_rates(1.0 - trained_steps / self.settings.steps if linear else 1.0)
+        self.policy_learns = trained_steps >= self.critic_settings.warmup_steps
 
     def set_learning_rates(self, factor: float) -> None:
         """Scale both learning rates, for a schedule."""
@@ -136,54 +154,64 @@ class Learner:
 
     def _accumulate(self, experience: Experience, micro: MicroBatch, targets: Targets, tokens: int) -> UpdateFigures:
         at = micro.sampled(experience.response_mask)
-        old_logprobs, ref_logprobs, old_values, advantages, returns = (
-            flat[at].to(self.device)
-            for flat in (
-                targets.old_logprobs, targets.ref_logprobs, targets.old_values, targets.advantages, targets.returns,
-            )
-        )  # fmt: skip
+        old_logprobs, ref_logprobs, advantages = (
+            flat[at].to(self.device) for flat in (targets.old_logprobs, targets.ref_logprobs, targets.advantages)
+        )
         found, values = self._forward(experience, micro, at, with_reference=self.exact_loss)
         if not self.exact_loss:
             found = found._replace(ref_logprobs=ref_logprobs)
         everything = torch.ones_like(at, dtype=torch.bool, device=self.device)
         policy_sum, clipped_mask = ppo_loss(found, old_logprobs, advantages, everything, self.terms)
-        value_sum = value_loss(values, old_values, returns, self.settings.value_clip_range)
-        value_weight = self.critic_settings.coef if self.critic is None else 1.0
-        ((policy_sum + value_weight * value_sum) / tokens).backward()  # type: ignore[no-untyped-call]
+        value_sum = None if values is None else self._value_loss(values, targets, at)
+        self._backward(policy_sum, value_sum, tokens)
         log_ratio = found.logprobs.detach() - old_logprobs
         return UpdateFigures(
             policy_loss=policy_sum.item() / tokens,
-            value_loss=value_sum.item() / tokens,
+            value_loss=None if value_sum is None else value_sum.item() / tokens,
             clip_fraction=clipped_mask.sum().item() / tokens,
             approx_kl=0.5 * log_ratio.square().sum().item() / tokens,
             max_ratio_error=log_ratio.expm1().abs().max().item(),
             policy_grad_norm=0.0,
-            critic_grad_norm=0.0,
+            critic_grad_norm=None,
         )
+
+    def _value_loss(self, values: Tensor, targets: Targets, at: Tensor) -> Tensor:
+        assert targets.returns is not None, "an estimator that needs a critic gives returns"
+        old_values, returns = (flat[at].to(self.device) for flat in (targets.old_values, targets.returns))
+        return value_loss(values, old_values, returns, self.settings.value_clip_range)
+
+    def _backward(self, policy_sum: Tensor, value_sum: Tensor | None, tokens: int) -> None:
+        """Of whatever learns."""
+        losses = [policy_sum] if self.policy_learns else []
+        if value_sum is not None:
+            losses.append((self.critic_settings.coef if self.critic is None else 1.0) * value_sum)
+        (torch.stack(losses).sum() / tokens).backward()  # type: ignore[no-untyped-call]
 
     def _forward(
         self, experience: Experience, micro: MicroBatch, at: Tensor, *, with_reference: bool
-    ) -> tuple[LogprobOutput, Tensor]:
-        """Of the sampled tokens at these positions: log-probs and what goes with them, and values; each [n] float32.
-
-        The value of token t is that of the state before it: the critic's output at t - 1.
-        """
+    ) -> tuple[LogprobOutput, Tensor | None]:
+        """Of the sampled tokens at these positions: log-probs and what goes with them, and values (None without a
+        critic); each [n] float32."""
         token_ids = micro.pad(experience.token_ids, self.pad_id).to(self.device)
         # Of the states before sampled tokens: the first token of a sequence has none, and is never sampled.
         before_mask = micro.pad(experience.response_mask).to(self.device)[:, 1:]
         labels = token_ids[:, 1:][before_mask]
         with torch.autocast(self.device.type, torch_dtype(self.settings.dtype), self.settings.dtype != "float32"):
-            states = hidden_states(self.policy, input_ids=token_ids, use_cache=False)[:, :-1][before_mask]
-            if self.critic is None:
-                values = self.value_head(states).squeeze(-1)
-            else:
-                raw = self.critic.token_values(token_ids, micro.place_mask.to(self.device))[:, :-1][before_mask]
-                values = (raw - self.critic.mean) / self.critic.std
-            tokens = fused_linear_logprobs(
-                states, self.output_layer.weight, labels, lm_head_bias=self.output_layer.bias,
-                temperature=self.temperature, **(self._reference_of(experience, at) if with_reference else {}),
-            )  # fmt: skip
-        return tokens, values.float()
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.policy_learns):
+                states = hidden_states(self.policy, input_ids=token_ids, use_cache=False)[:, :-1][before_mask]
+                tokens = fused_linear_logprobs(
+                    states, self.output_layer.weight, labels, lm_head_bias=self.output_layer.bias,
+                    temperature=self.temperature, **(self._reference_of(experience, at) if with_reference else {}),
+                )  # fmt: skip
+            values = self._values(token_ids, micro, before_mask, states) if self.settings.needs_critic else None
+        return tokens, values
+
+    def _values(self, token_ids: Tensor, micro: MicroBatch, before_mask: Tensor, states: Tensor) -> Tensor:
+        """[n] float32: the value of token t is that of the state before it, the critic's output at t - 1."""
+        if self.critic is None:
+            return self.value_head(states).squeeze(-1).float()  # type: ignore[no-any-return]
+        raw = self.critic.token_values(token_ids, micro.place_mask.to(self.device))[:, :-1][before_mask]
+        return ((raw - self.critic.mean) / self.critic.std).float()
 
     def _reference_of(self, experience: Experience, at: Tensor) -> dict[str, Tensor | None]:
         """The reference's part in `fused_linear_logprobs`."""
@@ -198,10 +226,10 @@ class Learner:
 
     def _optimizers(self) -> dict[str, torch.optim.Adam]:
         policy_parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        if self.critic is None:
+        if self.settings.needs_critic and self.critic is None:
             policy_parameters += self.value_head.parameters()
         optimizers = {"policy": self._adam(policy_parameters, self.settings.lr)}
-        if self.critic is not None:
+        if self.settings.needs_critic and self.critic is not None:
             optimizers["critic"] = self._adam(self.critic.parameters(), self.critic_settings.lr)
         return optimizers
 
@@ -222,6 +250,8 @@ class Learner:
 
     def modules(self) -> Mapping[str, nn.Module]:
         """What a checkpoint keeps, by name."""
+        if not self.settings.needs_critic:
+            return {"policy": self.policy}
         if self.critic is None:
             return {"policy": self.policy, "value_head": self.value_head}
         return {"policy": self.policy, "critic": self.critic}
@@ -240,10 +270,10 @@ def _total(parts: list[UpdateFigures]) -> UpdateFigures:
 
     return UpdateFigures(
         policy_loss=add("policy_loss"),
-        value_loss=add("value_loss"),
+        value_loss=None if parts[0].value_loss is None else add("value_loss"),
         clip_fraction=add("clip_fraction"),
         approx_kl=add("approx_kl"),
         max_ratio_error=max(part.max_ratio_error for part in parts),
         policy_grad_norm=0.0,
-        critic_grad_norm=0.0,
+        critic_grad_norm=None,
     )

@@ -30,13 +30,14 @@ from typing import Any
 from rlhf.data.sampling import sampling_of
 from rlhf.errors import StageFailed
 from rlhf.models.causal import save_model
-from rlhf.models.compute import set_threads
+from rlhf.models.compute import set_deterministic, set_threads
 from rlhf.models.folders import start_model
 from rlhf.models.snapshots import remove_snapshots_after, save_snapshot
 from rlhf.models.tokenizer import load_tokenizer, tokenizer_sha256
 from rlhf.observe.progress import progress
 from rlhf.ppo.checkpoint import checkpoint_versions, checkpoints, load_checkpoint, save_checkpoint
 from rlhf.ppo.heartbeat import Heartbeat
+from rlhf.ppo.history import History, trained_step
 from rlhf.ppo.intake import Intake
 from rlhf.ppo.invariants import Diagnosis
 from rlhf.ppo.ledger import Ledger, Lineage
@@ -45,7 +46,7 @@ from rlhf.ppo.probe import probe
 from rlhf.ppo.prompts import encoded_prompts
 from rlhf.ppo.publish import Publisher
 from rlhf.ppo.records import RunRecords
-from rlhf.ppo.setup import build_step, check_budget, check_critic_context, check_sampling
+from rlhf.ppo.setup import build_step, check_budget, check_critic_context, check_sampling, check_warmup
 from rlhf.ppo.source import PromptSource, TaskMaker
 from rlhf.queues.connection import connect
 from rlhf.queues.registry import open_registry
@@ -72,6 +73,8 @@ def run(settings: Settings) -> dict[str, Any]:
         and what loading, Redis and the disk raise.
     """
     set_threads(settings.ppo.threads)
+    if settings.run.deterministic:
+        set_deterministic()
     with _only_trainer(settings.paths.checkpoints):
         return Trainer(settings).run()
 
@@ -83,6 +86,7 @@ class Trainer:
         self.settings = settings
         self.paths = settings.paths
         check_sampling(settings.sampling)
+        check_warmup(settings)
         self.tokenizer = load_tokenizer(settings.ppo.model or start_model(settings))
         self.ppo_step = build_step(settings, self.tokenizer)
         prompts = encoded_prompts(settings.ppo.prompts or self.paths.prompts, self.tokenizer, self._context - 1)
@@ -105,6 +109,7 @@ class Trainer:
             stopping=stopping,
             tokenizer_sha256=hash_of_tokenizer,
             ref_hidden_states=settings.kl.exact,
+            seed_of_attempt=not settings.run.deterministic,
         )
         prompts_stream = prompts_queue(client, settings.run.name, settings.redis)
         self.source = PromptSource(self.ledger, prompts_stream, maker, lambda: self.publisher.version)
@@ -147,27 +152,25 @@ class Trainer:
         clock.lap("seconds_wait")
         self.doing = "training"
         staleness = [self.ledger.staleness(rollout) for rollout in batch]
-        self.ppo_step.learner.set_learning_rates(self._learning_rate_factor())
+        self.ppo_step.learner.begin_step(self.ledger.trained_steps)
         improved = self.ppo_step(batch, self.monitor.look)
         clock.lap("seconds_train")
         self.ledger.train(batch)
         self.intake.trained(batch)
+        before = self.publisher.version.sha256
         self._publish()
         clock.lap("seconds_publish")
 
-        figures = {**asdict(improved), "staleness_mean": sum(staleness) / len(staleness), **clock.laps}
+        known = {name: value for name, value in asdict(improved).items() if value is not None}
+        figures = {**known, **_of_staleness(staleness, self.settings.ppo.max_staleness), **clock.laps}
         figures, diagnoses = self.monitor.judge(self.ledger.trained_steps, figures)
         self._record(figures, batch, diagnoses)
         self.monitor.act(figures, diagnoses)
+        self._keep_rollouts(before, batch)
         self._snapshot()
         if self._checkpoint_due():
             self._checkpoint()
         return figures
-
-    def _learning_rate_factor(self) -> float:
-        if self.settings.ppo.lr_schedule == "constant":
-            return 1.0
-        return 1.0 - self.ledger.trained_steps / self.settings.ppo.steps
 
     def _publish(self) -> None:
         self.doing = "publishing weights"
@@ -200,6 +203,13 @@ class Trainer:
         if ppo.snapshot_every and step % ppo.snapshot_every == 0:
             policy = self.ppo_step.learner.policy
             save_snapshot(self.paths.snapshots, step, policy, self.tokenizer, ppo.keep_snapshots)
+
+    def _keep_rollouts(self, weights_before: str, batch: list[Rollout]) -> None:
+        """For `rlhf replay`."""
+        if self.settings.ppo.keep_rollouts_mib:
+            weights = weights_before, self.publisher.version.sha256
+            epoch, step = self.ledger.lineage.epoch, self.ledger.trained_steps
+            self.history.keep(trained_step(self.settings, step, epoch, weights, batch))
 
     def _checkpoint_due(self) -> bool:
         steps, ppo, redis = self.ledger.trained_steps, self.settings.ppo, self.settings.redis
@@ -244,6 +254,8 @@ class Trainer:
             ledger.restore(state, max(self._next_epoch(), state["epoch"] + 1))
             log.info("going on from step %d in epoch %d", ledger.trained_steps, ledger.lineage.epoch)
         self.records = RunRecords(self.paths, ledger.trained_steps)
+        self.history = History(self.paths.history, ppo.keep_rollouts_mib * 2**20)
+        self.history.undo_after(ledger.trained_steps)
         remove_snapshots_after(self.paths.snapshots, ledger.trained_steps)
         if not saved:
             save_checkpoint(self.paths.checkpoints, self.ppo_step, ledger, ppo.keep_checkpoints)
@@ -295,6 +307,12 @@ class Trainer:
             self.heartbeat.stop()
             self.records.close()
             signal.signal(signal.SIGTERM, before)
+
+
+def _of_staleness(staleness: list[int], limit: int) -> dict[str, float]:
+    """Mean and histogram: how many of a step's rollouts came from weights that many steps old."""
+    histogram = {f"staleness_{steps}": float(staleness.count(steps)) for steps in range(limit + 1)}
+    return {"staleness_mean": sum(staleness) / len(staleness), **histogram}
 
 
 class _Clock:

@@ -8,14 +8,17 @@ from torch import Tensor
 from rlhf.ops import kl_penalty
 from rlhf.ppo.experience import Experience
 from rlhf.ppo.learner import Assessment
-from rlhf.ppo.settings import PpoSettings
+from rlhf.ppo.settings import PpoSettings, ShapingSettings
+
+PLAIN = ShapingSettings()
 
 
-def shaped_scores(experience: Experience, settings: PpoSettings) -> Tensor:
-    """[S]: scores after the missing-end penalty and the clip.
+def shaped_scores(experience: Experience, settings: PpoSettings, shaping: ShapingSettings = PLAIN) -> Tensor:
+    """[S]: scores after the missing-end penalty, the clip and the length penalty, in this order: a clip holds back a
+    reward model that exaggerates, and must not swallow the price of a token.
 
-    `replace` is what OpenAI's lm-human-preferences does (score := -1), `subtract` what TRL's `missing_eos_penalty`
-    does.
+    `replace` is what OpenAI's lm-human-preferences does (score := -1 without the truncation token), `subtract` what
+    TRL's `missing_eos_penalty` does.
     """
     scores = experience.scores
     if settings.missing_eos_penalty is not None:
@@ -23,9 +26,13 @@ def shaped_scores(experience: Experience, settings: PpoSettings) -> Tensor:
             penalised = torch.full_like(scores, -settings.missing_eos_penalty)
         else:
             penalised = scores - settings.missing_eos_penalty
-        scores = torch.where(experience.ended_mask, scores, penalised)
+        truncated_mask = torch.tensor([shaping.truncates(text) for text in experience.texts])
+        scores = torch.where(experience.ended_mask | truncated_mask, scores, penalised)
     if settings.score_clip is not None:
         scores = scores.clamp(-settings.score_clip, settings.score_clip)
+    if shaping.length_penalty:
+        beyond = (experience.sum_per_sequence(torch.ones(())) - shaping.length_free_tokens).clamp_min(0)
+        scores = scores - shaping.length_penalty * beyond
     return scores
 
 

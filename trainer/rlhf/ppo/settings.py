@@ -78,6 +78,8 @@ class PpoSettings(Compute):
     sources do."""
     whiten_rewards: bool = False
     """Rewards to variance 1, mean kept, over the batch's response tokens."""
+    whiten_rewards_mean: bool = False
+    """With `whiten_rewards`: to mean 0 too."""
     old_logprobs: Literal["recompute", "service"] = "recompute"
     """Denominator of the ratio: the trainer's own log-probs before the update (ratio exactly 1 at first), or the policy
     service's."""
@@ -98,6 +100,12 @@ class PpoSettings(Compute):
     """Newest checkpoints kept."""
     keep_weights: PositiveInt = 3
     """Newest published versions kept, beside any that a replica or a checkpoint holds."""
+    keep_rollouts_mib: NonNegativeInt = 1024
+    """Rollouts that were trained on are kept up to this size in MiB, compressed, the newest; for `rlhf replay`. 0:
+    none."""
+    keep_hidden_states: bool = False
+    """Keep with them the reference's hidden states that were too large for a message; without, steps with exact KL that
+    had such cannot be replayed."""
     snapshot_every: NonNegativeInt = 0
     """Steps between snapshots of the policy, for `rlhf evaluate --frontier`. 0: none."""
     keep_snapshots: PositiveInt = 16
@@ -179,6 +187,12 @@ class PpoSettings(Compute):
         return self
 
     @model_validator(mode="after")
+    def _a_mean_is_whitened_with_the_variance(self) -> PpoSettings:
+        if self.whiten_rewards_mean and not self.whiten_rewards:
+            raise ValueError("whiten_rewards_mean is a part of whiten_rewards, which is off; set both or neither")
+        return self
+
+    @model_validator(mode="after")
     def _dual_clip_lies_beyond_the_clip(self) -> PpoSettings:
         if self.dual_clip is not None and self.dual_clip <= 1 + self.highest_clip_range:
             raise ValueError(
@@ -214,6 +228,34 @@ class CriticSettings(Section):
     """Weight of the value loss where the trunk is shared."""
     warmup_steps: NonNegativeInt = 0
     """Steps at the start in which the critic alone learns: a separate one, or the head on the shared trunk."""
+
+
+class ShapingSettings(Section):
+    truncate_at: str | None = None
+    """A completion is scored up to the first of these, itself included, and counts as ended there; the policy learns
+    from all its tokens. As text: `.`, or a line's end. None: scored whole."""
+    truncate_after: NonNegativeInt = 0
+    """Characters at the start of a completion in which `truncate_at` is not looked for."""
+    length_penalty: float = Field(default=0.0, ge=0)
+    """Taken off a completion's score for each of its tokens beyond `length_free_tokens`."""
+    length_free_tokens: NonNegativeInt = 0
+    """Tokens that cost nothing."""
+
+    @field_validator("truncate_at")
+    @classmethod
+    def _something_to_find(cls, value: str | None) -> str | None:
+        if value == "":
+            raise ValueError("is empty and would be found everywhere; leave it out to score whole completions")
+        return value
+
+    def truncates(self, completion: str) -> bool:
+        return self.truncate_at is not None and self.truncate_at in completion[self.truncate_after :]
+
+    def scored(self, completion: str) -> str:
+        """What the reward model reads of it."""
+        if self.truncate_at is None or not self.truncates(completion):
+            return completion
+        return completion[: completion.index(self.truncate_at, self.truncate_after) + len(self.truncate_at)]
 
 
 class KlSettings(Section):
@@ -309,3 +351,14 @@ class MonitorSettings(Section):
     probe_every: NonNegativeInt = 10
     """Steps between probes, in which each policy replica completes one prompt on the weights just published, to compare
     its log-probs with the trainer's. 0: none."""
+
+
+class ReplaySettings(Section):
+    """`rlhf replay`."""
+
+    step: NonNegativeInt = 0
+    """Step to compute again, as metrics.jsonl counts them. 0: the newest that can be."""
+    reward_model: Path | None = None
+    """Folder of another reward model, to see what its scores would have changed."""
+    reward_rule: str = ""
+    """A rule, as in reward.rule, for the same."""

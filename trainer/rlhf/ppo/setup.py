@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,7 +17,7 @@ from rlhf.policy.settings import SamplingSettings
 from rlhf.ppo.kl_control import KlController
 from rlhf.ppo.learner import Learner
 from rlhf.ppo.prompts import EncodedPrompt
-from rlhf.ppo.reference_layer import fetch_reference
+from rlhf.ppo.reference_layer import ReferenceLayer, fetch_reference
 from rlhf.ppo.step import PpoStep
 from rlhf.settings.run import Settings
 
@@ -23,8 +25,17 @@ BYTES_PER_TOKEN = 24
 """Of a completion in the stream: id, mask, two log-probs, a token reward, and as much again for text and names."""
 
 
-def build_step(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PpoStep:
-    """Policy, critic and their optimisers as at the start of a run; where KL is exact, the reference's output layer."""
+def build_step(
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    reference_of: Callable[[Settings, int], ReferenceLayer] | None = None,
+) -> PpoStep:
+    """Policy, the critic if the estimator needs one, and their optimisers as at the start of a run; where KL is exact,
+    the reference's output layer.
+
+    Args:
+        reference_of: gives that layer, for the policy's vocabulary size. None: the reference service is asked.
+    """
     folder = settings.ppo.model or start_model(settings)
     # Weights stay in float32 whatever the forward pass computes in: a step of 1e-6 vanishes in bfloat16.
     policy = load_causal_lm(folder, device=settings.ppo.device)
@@ -38,14 +49,13 @@ def build_step(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PpoSte
         settings.ppo,
         settings.critic,
         settings.kl,
-        reference=fetch_reference(settings.ppo, vocab_size=len(output_layer(policy).weight))
-        if settings.kl.exact
-        else None,
+        reference=(reference_of or _asked)(settings, len(output_layer(policy).weight)) if settings.kl.exact else None,
         temperature=settings.sampling.temperature,
         pad_id=tokenizer.pad_token_id or 0,
     )
     generator = torch.Generator().manual_seed(settings.ppo.seed)
-    return PpoStep(learner, KlController(settings.kl), generator, settings.ppo.blobs or settings.paths.blobs)
+    blobs = settings.ppo.blobs or settings.paths.blobs
+    return PpoStep(learner, KlController(settings.kl), generator, blobs, settings.shaping)
 
 
 def check_sampling(sampling: SamplingSettings) -> None:
@@ -60,6 +70,24 @@ def check_sampling(sampling: SamplingSettings) -> None:
             raise SettingsError(
                 f"sampling.{name}: PPO samples from the policy as it is, so {neutral} is needed; {received} received"
             )
+
+
+def check_warmup(settings: Settings) -> None:
+    """
+    Raises:
+        SettingsError: there is no critic to warm up, or no step would be left in which the policy learns.
+    """
+    steps = settings.critic.warmup_steps
+    if steps and not settings.ppo.needs_critic:
+        raise SettingsError(
+            f'critic.warmup_steps: ppo.estimator = "{settings.ppo.estimator}" has no critic, so 0 is needed; '
+            f"{steps} received"
+        )
+    if steps >= settings.ppo.steps:
+        raise SettingsError(
+            f"critic.warmup_steps: the policy learns only after them, so fewer than ppo.steps, {settings.ppo.steps}, "
+            f"are needed; {steps} received"
+        )
 
 
 def check_budget(settings: Settings, prompts: list[EncodedPrompt], hidden_size: int) -> None:
@@ -110,10 +138,14 @@ def check_critic_context(step: PpoStep, prompts: list[EncodedPrompt], max_new_to
         )
 
 
+def _asked(settings: Settings, vocab_size: int) -> ReferenceLayer:
+    return fetch_reference(settings.ppo, vocab_size)
+
+
 def _build_critic(
     settings: Settings, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> RewardModel | None:
-    if settings.critic.kind == "shared":
+    if settings.critic.kind == "shared" or not settings.ppo.needs_critic:
         return None
     device = settings.ppo.device
     if settings.critic.init_from == "policy":
