@@ -33,9 +33,9 @@ class PpoTerms:
     entropy_coef: float = 0.0
     """Of the entropy, which lowers the loss."""
     dual_clip: float | None = None
-    """A token with advantage A < 0 costs at most -A times this, however large its ratio; above 1. None: no such bound."""
+    """A token with advantage A < 0 costs at most -A times this, however large its ratio. None: no such bound."""
     ratio: bool = True
-    """False: -A log p instead of the clipped ratio, so old log-probs and clips mean nothing (`policy_gradient_loss`)."""
+    """False: -A log p instead of the clipped ratio (`policy_gradient_loss`); old log-probs and clips mean nothing."""
 
 
 def policy_loss(

@@ -100,7 +100,7 @@ def checkpoint_activations(model: nn.Module) -> None:
         raise ModelError(f"{type(model).__name__}: its layers cannot be checkpointed (ppo.gradient_checkpointing)")
     for layer in layers:
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
         layer.training = True
 
 

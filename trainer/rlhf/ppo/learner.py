@@ -213,7 +213,7 @@ class Learner:
         raw = self.critic.token_values(token_ids, micro.place_mask.to(self.device))[:, :-1][before_mask]
         return ((raw - self.critic.mean) / self.critic.std).float()
 
-    def _reference_of(self, experience: Experience, at: Tensor) -> dict[str, Tensor | None]:
+    def _reference_of(self, experience: Experience, at: Tensor) -> dict[str, Any]:
         """The reference's part in `fused_linear_logprobs`."""
         states, layer = experience.ref_hidden_of(at), self.reference
         assert states is not None, "settings ask the reference for hidden states then"
