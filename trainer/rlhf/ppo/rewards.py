@@ -66,6 +66,22 @@ def token_kl(before: Assessment, logprobs: Tensor, response_mask: Tensor, estima
     return torch.where(response_mask, estimate, 0.0)
 
 
+def own_kl(before: Assessment, logprobs: Tensor, response_mask: Tensor, estimator: str) -> Tensor:
+    """[N] k1 - KL at each sampled token: what the advantage of that very token lacks where the penalty is `exact`; 0
+    with other estimators.
+
+    The KL of a state is the same whatever token is sampled there. As a reward it tells earlier tokens that they led to
+    a costly state, but holds back none of its own state's: the policy would leave the reference for good. k1 does hold
+    them back. Given the state its mean is the KL, so the difference adds E[(k1 - KL) ∇ log π] = ∇ KL and nothing else.
+
+    Args:
+        see `token_kl`.
+    """
+    if estimator != "exact":
+        return torch.zeros_like(logprobs)
+    return token_kl(before, logprobs, response_mask, "k1") - token_kl(before, logprobs, response_mask, "exact")
+
+
 def whiten(values: Tensor, mask: Tensor, *, keep_mean: bool = False) -> Tensor:
     """Masked values to variance 1 and, unless `keep_mean`, to mean 0. Outside the mask they stay.
 

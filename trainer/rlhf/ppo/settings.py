@@ -269,11 +269,14 @@ class KlSettings(Section):
     """Horizon of the adaptive controller: completions."""
     estimator: Literal["k1", "k2", "k3", "abs", "exact"] = "k1"
     """Per-token KL(policy ‖ reference) that is subtracted from the reward: estimated from the sampled token, or
-    `exact`, over the whole vocabulary, for which the reference service sends its hidden states, not log-probs."""
+    `exact`, over the whole vocabulary, for which the reference service sends its hidden states, not log-probs. Only
+    `k1` and `exact` have the gradient of the KL there: the others also punish a token for being rarer than in the
+    reference, which makes it rarer still."""
     loss_coef: float = Field(default=0.0, ge=0)
     """Coefficient of a KL term in the loss, beside or instead of the penalty in the reward."""
     loss_estimator: Literal["k1", "k2", "k3", "abs", "exact"] = "k3"
-    """KL of that term. The gradient of k1 is 0 in expectation."""
+    """KL of that term. `exact` and `k2` pull towards the reference in every state by itself, `k3` with the KL the other
+    way round; the gradient of `k1` is 0 in expectation."""
 
     @model_validator(mode="after")
     def _adaptive_needs_a_start(self) -> KlSettings:
@@ -336,8 +339,9 @@ class MonitorSettings(Section):
     negative_kl_sigmas: PositiveFloat = 5.0
     """Standard errors by which the mean KL may lie below 0. Sums over completions have long tails, so 3 would be too
     few."""
-    explained_variance_min: float = Field(default=0.0, le=1)
-    """Least median over the window, once four windows have passed: at 0 the critic knows as much as a constant."""
+    explained_variance_min: float = Field(default=-0.2, le=1)
+    """Least median over the window, once four windows have passed. At 0 the critic knows as much as a constant, and a
+    small batch measures it to some ± 0.2."""
     clip_fraction_max: float = Field(default=0.3, gt=0, le=1)
     """Largest median over the window. Beyond it a third of the batch has no gradient any more."""
     gradient_factor: float = Field(default=10.0, gt=1)

@@ -36,6 +36,7 @@ def build_step(
     Args:
         reference_of: gives that layer, for the policy's vocabulary size. None: the reference service is asked.
     """
+    check_penalty(settings)
     folder = settings.ppo.model or start_model(settings)
     # Weights stay in float32 whatever the forward pass computes in: a step of 1e-6 vanishes in bfloat16.
     policy = load_causal_lm(folder, device=settings.ppo.device)
@@ -69,6 +70,25 @@ def check_sampling(sampling: SamplingSettings) -> None:
         if received != neutral:
             raise SettingsError(
                 f"sampling.{name}: PPO samples from the policy as it is, so {neutral} is needed; {received} received"
+            )
+
+
+def check_penalty(settings: Settings) -> None:
+    """
+    Raises:
+        SettingsError: advantages are in other units than rewards, so a token's own share of an exact penalty cannot be
+            taken off them.
+    """
+    if settings.kl.estimator != "exact" or settings.kl.coef == 0:
+        return
+    for name, rescales in (
+        ('ppo.estimator = "grpo"', settings.ppo.estimator == "grpo"),
+        ("ppo.whiten_rewards", settings.ppo.whiten_rewards),
+    ):
+        if rescales:
+            raise SettingsError(
+                f'kl.estimator: "exact" does not go with {name}, which puts rewards into other units; use "k1", or put '
+                'the KL into the loss (kl.coef = 0, kl.loss_coef, kl.loss_estimator = "exact")'
             )
 
 

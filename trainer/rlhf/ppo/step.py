@@ -16,7 +16,7 @@ from rlhf.ppo.figures import StepFigures, step_figures
 from rlhf.ppo.importance import importance_of
 from rlhf.ppo.kl_control import KlController
 from rlhf.ppo.learner import Assessment, Learner, Targets
-from rlhf.ppo.rewards import shaped_scores, token_kl, token_rewards, whiten
+from rlhf.ppo.rewards import own_kl, shaped_scores, token_kl, token_rewards, whiten
 from rlhf.ppo.settings import ShapingSettings
 from rlhf.wire.records import Rollout
 
@@ -65,7 +65,8 @@ class PpoStep:
         scores = shaped_scores(experience, self.settings, self.shaping)
         penalty = token_kl(before, old_logprobs, experience.response_mask, self.kl.settings.estimator)
         rewards = token_rewards(experience, scores, penalty, kl_coef)
-        estimate = self._estimate(experience, rewards, before.values)
+        own_penalty = kl_coef * own_kl(before, old_logprobs, experience.response_mask, self.kl.settings.estimator)
+        estimate = self._estimate(experience, rewards, before.values, own_penalty)
         importance = importance_of(old_logprobs, experience, self.settings)
         advantages = estimate.advantages if importance is None else estimate.advantages * importance.weights
         targets = Targets(old_logprobs, before.ref_logprobs, before.values, advantages, estimate.returns)
@@ -95,16 +96,23 @@ class PpoStep:
         order = torch.randperm(experience.sequences, generator=self.generator)
         return minibatches(experience, self.settings.minibatches, self.settings.micro_batch_tokens, order)
 
-    def _estimate(self, experience: Experience, rewards: Tensor, values: Tensor) -> Estimate:
-        """By the estimator of the settings, with rewards and advantages whitened if set."""
+    def _estimate(
+        self, experience: Experience, rewards: Tensor, values: Tensor, own_penalty: Tensor | float = 0.0
+    ) -> Estimate:
+        """By the estimator of the settings, with rewards and advantages whitened if set.
+
+        Args:
+            own_penalty: [N], what each token has to answer for alone.
+        """
         mask, settings = experience.response_mask, self.settings
         if settings.whiten_rewards:
             rewards = whiten(rewards, mask, keep_mean=not settings.whiten_rewards_mean)
         estimate = ESTIMATORS[settings.estimator](rewards, values, experience, settings)
-        # Returns are the critic's targets: whitening must not touch them.
+        # Returns are the critic's targets: neither this nor whitening may touch them.
+        advantages = estimate.advantages - own_penalty
         if settings.whitens_advantages:
-            return replace(estimate, advantages=whiten(estimate.advantages, mask))
-        return estimate
+            advantages = whiten(advantages, mask)
+        return replace(estimate, advantages=advantages)
 
     def _kl_per_sequence(self, experience: Experience, before: Assessment, logprobs: Tensor) -> float:
         token_kl = logprobs - before.ref_logprobs if before.kl is None else before.kl
