@@ -21,7 +21,7 @@ from rlhf.evaluate import report
 from rlhf.evaluate.compare import run
 from rlhf.evaluate.findings import sentences
 from rlhf.evaluate.policies import Policy
-from rlhf.evaluate.results import Fit, Frontier, read_frontier, write_frontier
+from rlhf.evaluate.results import Fit, Frontier, Point, read_frontier, write_frontier
 from rlhf.evaluate.scaling import Resamples, best_of_n_kl_bound, fit
 from rlhf.evaluate.scoring import kl_sums, logprob_sums
 from rlhf.evaluate.settings import EvaluateSettings
@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
     tiny_lm_folder(run_folder / "pretrained", seed=0)
     tiny_reward_folder(run_folder / "reward-model", seed=2)
     for step in (1, 2, 3, 4, 6):
-        save_model(between(step / 6), tiny_tokenizer(), run_folder / "snapshots" / str(step))
+        save_model(between((step / 6) ** 2), tiny_tokenizer(), run_folder / "snapshots" / str(step))
     save_model(between(1.0), tiny_tokenizer(), run_folder / "policy")
     write_rows(run_folder / "data" / "heldout_prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     (tmp_path / "rule.py").write_text(RULE)
@@ -81,7 +81,7 @@ def test_points_of_both_ways(folder: Path) -> None:
     figures, frontier = measured(settings(folder))
     names = [point.name for point in frontier.points]
     assert names[:4] == ["best of 2", "best of 4", "best of 8", "best of 16"]
-    assert sorted(names[4:]) == ["step 1", "step 2", "step 3", "step 4", "step 6"], "the policy is the last snapshot"
+    assert names[4:] == ["step 1", "step 2", "step 3", "step 4", "step 6"], "the policy is the last snapshot"
     for point, n in zip(frontier.points[:4], (2, 4, 8, 16), strict=True):
         assert point.kl == pytest.approx(best_of_n_kl_bound(n))
         assert point.kl_interval == pytest.approx((point.kl, point.kl))
@@ -92,7 +92,7 @@ def test_points_of_both_ways(folder: Path) -> None:
         assert low is not None
         assert high is not None
         assert 0 < low < point.kl < high
-    assert [fitted.form for fitted in frontier.fits] == ["best_of_n", "rl"]
+    assert [fitted.form for fitted in frontier.fits] == ["best_of_n", "rl"], frontier.refused
     assert (frontier.refused, frontier.prompts, frontier.samples) == ({}, len(PROMPTS), SAMPLES)
     assert 0.5 < frontier.distinct_share <= 1
     assert figures["prompts"] == len(PROMPTS), "the comparison is made as ever"
@@ -132,7 +132,7 @@ def test_best_of_all_samples_is_what_the_proxy_likes_best(folder: Path) -> None:
 def test_kl_is_exact_at_every_token_of_the_policys_answers(folder: Path) -> None:
     """Against a plain sum over the vocabulary of each answer by itself, and in the mean against log-ratios."""
     run_folder = folder / "runs" / "run"
-    policy, initial = (Policy.load(run_folder / name, "cpu", "float32") for name in ("snapshots/3", "pretrained"))
+    policy, initial = (Policy.load(run_folder / name, "cpu", "float32") for name in ("snapshots/1", "pretrained"))
     sampling = Sampling(temperature=TEMPERATURE, seed=5, completions=64)
     answers = policy.answer([Prompt(text, None, {}) for text in PROMPTS], sampling, Stopping(max_new_tokens=8))
     found = kl_sums(policy, initial, answers, TEMPERATURE)
@@ -145,7 +145,7 @@ def test_kl_is_exact_at_every_token_of_the_policys_answers(folder: Path) -> None
     ratios = logprob_sums(policy.as_reference(), answers, TEMPERATURE)
     ratios = ratios - logprob_sums(initial.as_reference(), answers, TEMPERATURE)
     assert found.min() >= 0
-    assert found.std() < 0.8 * ratios.std()
+    assert found.std() < ratios.std()
     assert abs(np.mean(found - ratios)) < 4 * np.std(found - ratios) / math.sqrt(len(found))
 
 
@@ -205,7 +205,7 @@ def test_from_training_to_the_report(trained: Settings, tmp_path: Path, capsys: 
     assert main(["evaluate", *common, *options]) == 0, capsys.readouterr().err
     frontier = read_frontier(trained.paths.frontier)
     steps = [point.name for point in frontier.points if point.form == "rl"]
-    assert sorted(steps) == ["step 2", "step 3", "step 4", "step 5", "step 6"]
+    assert steps == ["step 2", "step 3", "step 4", "step 5", "step 6"]
     assert main(["report", *common]) == 0
     page = trained.paths.report.read_text()
     assert "<h2>Over-optimisation</h2>" in page
@@ -232,12 +232,28 @@ def curve(top: float, turn: float) -> Fit:
 def test_sentences_say_what_the_curve_does() -> None:
     frontier = Frontier("i", "r", "j", {}, 0, 1, 16, 4, 0.0, 0.5, 1.0, (), (curve(0.2, 1.0),), {"rl": "because"})
     turned, refused = sentences(frontier)
-    assert "predicted to peak at √KL 1.00 [1.00, 1.00], with +0.200 [0.200, 0.200]; in 100% of" in turned
+    assert "has its peak at √KL 1.00 [1.00, 1.00], with +0.200 [0.200, 0.200]; in 100% of" in turned
+    assert turned.endswith("it misses the points by 0.000.")
     assert refused == "PPO: no curve was fitted: because."
     (rising,) = sentences(replace(frontier, fits=(curve(0.2, 5.0),), refused={}))
     assert "still rises at √KL 2.00, the farthest point; its peak, at √KL 5.00" in rising
     (endless,) = sentences(replace(frontier, fits=(curve(-0.2, -1.0),), refused={}))
-    assert "has no peak; in 0% of" in endless
+    assert "has no peak in reach; in 0% of" in endless
+
+
+def test_sentences_say_what_was_measured() -> None:
+    judged = {"step 4": 0.1, "step 8": 0.3, "step 12": 0.2}
+    points = [
+        Point("rl", name, 4.0, (3.0, 5.0), 10 * number, (0, 9), gain, (gain - 0.1, gain + 0.1))
+        for number, (name, gain) in enumerate(judged.items(), start=1)
+    ]
+    frontier = Frontier("i", "r", "j", {}, 0, 1, 16, 4, 0.0, 0.5, 1.0, tuple(points), (), {})
+    assert sentences(frontier) == [
+        "PPO: measured, the judge's score was highest at step 8, √KL 2.00, with +0.300 [0.200, 0.400]; the last, step "
+        "12, is at √KL 2.00, with +0.200 [0.100, 0.300], the reward +10.00 from there."
+    ]
+    (rising,) = sentences(replace(frontier, points=tuple(points[:2])))
+    assert rising.endswith("highest at step 8, √KL 2.00, with +0.300 [0.200, 0.400], the last point.")
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:

@@ -185,6 +185,13 @@ def test_a_fit_draws_itself_and_says_how_sure_the_turn_is() -> None:
     assert rising.optimum_share == 0
 
 
+def test_a_peak_that_no_measurement_speaks_of_is_none() -> None:
+    almost_straight = 0.3 * DISTANCES - 1e-4 * DISTANCES * np.log(DISTANCES)
+    found = fit("rl", DISTANCES[:, None] ** 2, almost_straight[:, None], Resamples.draw(1, 0))
+    assert found.beta == pytest.approx(1e-4)
+    assert (found.optimum_d, found.optimum_gain, found.optimum_d_interval) == (None, None, (None, None))
+
+
 def test_another_form_shows_in_the_misfit() -> None:
     straight_then_flat = np.minimum(DISTANCES, 1.0)[:, None]
     found = fit("best_of_n", DISTANCES[:, None] ** 2, straight_then_flat, Resamples.draw(1, 0))

@@ -163,7 +163,7 @@ def _frontier(given: Given, initial: Initial, measured: Sequence[Measured]) -> F
         proxy_initial=float(initial.proxy.mean()),
         judge_initial=float(initial.judge.mean()),
         distinct_share=initial.distinct_share,
-        points=tuple(sorted(points, key=lambda point: (point.form, point.kl))),
+        points=tuple(points),
         fits=fits,
         refused=refused,
     )

@@ -237,13 +237,10 @@ def over_optimisation(frontier: Frontier) -> Plot:
             f"prompts. Best-of-n stands at the upper bound of its KL, log n − (n − 1) / n; of the {frontier.samples} "
             f"completions of a prompt {frontier.distinct_share:.0%} are different ones."
         )
-        ends = [
-            max((p for p in frontier.points if p.form == form), key=lambda p: p.kl, default=None) for form in _FORMS
-        ]
+        last = {point.form: point for point in frontier.points}
         alt = "; ".join(
             f"{end.name} at {end.kl:.2f} nats: reward {end.proxy_gain:+.2f}, judge {end.judge_gain:+.2f}"
-            for end in ends
-            if end is not None
+            for end in last.values()
         )
         return Plot("Reward and judge, the farther from the initial policy", _svg(figure), caption, alt)
 
@@ -254,6 +251,7 @@ def _points(axes: Axes, points: Sequence[Point], name: str) -> None:
     colour, label = _FORMS[points[0].form]
     d = np.sqrt([point.kl for point in points])
     gain = np.array([getattr(point, f"{name}_gain") for point in points])
+    axes.plot(d, gain, color=colour, linewidth=0.8, alpha=0.35)
     axes.errorbar(
         d,
         gain,

@@ -105,7 +105,7 @@ class Fit:
     beta: float
     beta_interval: Interval
     optimum_d: float | None
-    """None: the fitted curve rises without end."""
+    """None: the fitted curve has no peak, or one that no measurement speaks of; see `scaling.SPEAKS_OF`."""
     optimum_d_interval: Interval
     optimum_gain: float | None
     optimum_gain_interval: Interval
@@ -143,7 +143,7 @@ class Frontier:
     """Different completions among a prompt's N, averaged. The fewer there are, the looser is the bound on best-of-n's
     KL."""
     points: tuple[Point, ...]
-    """In the order of their KL, best-of-n first."""
+    """Best-of-n by n, then PPO in the order of training."""
     fits: tuple[Fit, ...]
     refused: Mapping[Form, str]
     """Forms without a fit, and why."""

@@ -27,6 +27,9 @@ FEWEST_POINTS = 4
 """Two pass through any two points, so two more have to say whether the form fits."""
 _LEAST_SPREAD = 1.5
 """Largest over smallest distance. Closer together, d and d² or d and d log d cannot be told apart."""
+SPEAKS_OF = 10.0
+"""A peak this many times as far as the farthest point is taken for none. Where β is almost 0, d* of the RL form has
+dozens of digits."""
 _LEAST_KL = 1e-8
 """Nats. Below it a policy has not moved."""
 _RESAMPLES = 2_000
@@ -150,6 +153,12 @@ def optimum(form: Form, alpha: ArrayLike, beta: ArrayLike) -> tuple[Floats, Floa
     return np.where(falls_mask, d, np.inf), np.where(falls_mask, gain, np.inf)
 
 
+def _optimum_within(reach: float, form: Form, alpha: ArrayLike, beta: ArrayLike) -> tuple[Floats, Floats]:
+    d, gain = optimum(form, alpha, beta)
+    near_mask = d <= reach
+    return np.where(near_mask, d, np.inf), np.where(near_mask, gain, np.inf)
+
+
 def fit(form: Form, kl: Floats, gain: Floats, resamples: Resamples) -> Fit:
     """The form fitted to the means over prompts, with 95 % intervals: the fit repeated on resampled prompts.
 
@@ -170,8 +179,8 @@ def fit(form: Form, kl: Floats, gain: Floats, resamples: Resamples) -> Fit:
     alpha, beta = (float(found) for found in least_squares(form, d, mean))
     # Rounding may leave a KL of nearly 0 below it.
     draws = least_squares(form, np.sqrt(np.maximum(resamples.means(kl), _LEAST_KL)), resamples.means(gain))
-    best_d, best_gain = (float(found) for found in optimum(form, alpha, beta))
-    best_d_draws, best_gain_draws = optimum(form, *draws)
+    best_d, best_gain = (float(found) for found in _optimum_within(SPEAKS_OF * d.max(), form, alpha, beta))
+    best_d_draws, best_gain_draws = _optimum_within(SPEAKS_OF * d.max(), form, *draws)
     grid = np.linspace(0.0, d.max(), _CURVE_POINTS)
     bands = gain_at(form, grid[:, None], draws[0], draws[1])
     return Fit(
