@@ -85,6 +85,20 @@ def test_healthy_rollouts_are_met_with_silence(architecture, temperature, old_lo
     assert [one.of for one in monitor._watched.policies] == [str(PRESENT)], "they were compared"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_service_in_half_precision_has_its_own_bound(dtype):
+    step, monitor = models(0.7, policy={"dtype": dtype})
+    policy = copy.deepcopy(step.learner.policy).to(getattr(torch, dtype))
+    sampling = Sampling(0.7, seed=1)
+    healthy = rollouts_of(policy, copy.deepcopy(step.learner.policy), sampling=sampling)
+    raw = rollouts_of(policy, copy.deepcopy(step.learner.policy), sampling=sampling, mode=LogprobMode.RAW)
+    before = {name: tensor.clone() for name, tensor in step.learner.policy.state_dict().items()}
+    assert found_by(step, monitor, healthy) == {}
+    assert monitor._watched.policies[0].largest > 1e-3, "float32's bound would not do"
+    step.learner.policy.load_state_dict(before)
+    assert "the temperature was forgotten" in found_by(step, monitor, raw)["policy_logprobs"]
+
+
 def test_dropout_left_on_in_the_trainer():
     step, monitor = models(architecture="gpt2")
     rollouts = rollouts_of(step.learner.policy, copy.deepcopy(step.learner.policy))

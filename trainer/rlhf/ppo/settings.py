@@ -332,7 +332,7 @@ class MonitorSettings(Section):
     """Completions become alike: distinct pairs of tokens vanish."""
     logprob_bound: PositiveFloat | None = None
     """Largest |difference| of two computations of one log-prob, in nats; their mean may be a tenth. None: of the
-    coarsest dtype among trainer and services, 0.001 for float32, 0.1 for float16, 0.5 for bfloat16."""
+    coarsest dtype among trainer and services, 0.001 for float32, 0.5 for bfloat16 and float16."""
     window: PositiveInt = 5
     """Steps that are averaged, at the start of the run and up to now, before they are compared: single steps are
     noise."""
