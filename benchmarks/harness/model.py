@@ -41,7 +41,7 @@ def make_model(folder: Path, *, quick: bool) -> int:
         context=CONTEXT,
         seed=0,
     )
-    tokenizer = train_tokenizer(_words(4000), settings.vocab_size)
+    tokenizer = train_tokenizer(words(4000), settings.vocab_size)
     model = new_causal_lm(settings, tokenizer)
     assert len(tokenizer) == settings.vocab_size
     save_model(model, tokenizer, folder)
@@ -59,7 +59,7 @@ def asks(count: int, *, vocab_size: int, seed: int = 0, longest: int = MAX_NEW_T
     ]
 
 
-def _words(count: int) -> list[str]:
+def words(count: int) -> list[str]:
     """Enough different words for a tokenizer of that size."""
     random = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
