@@ -184,7 +184,7 @@ def _check_name(name: str, where: str = "") -> None:
     section, dot, field = name.partition(".")
     here = [other for other in setting_names() if other.startswith(f"{section}.")]
     elsewhere = [other for other in setting_names() if other.endswith(f".{field if dot else section}")]
-    hint = nearest(name, here if dot else ()) or nearest(name, elsewhere, cutoff=0)
+    hint = nearest(name, elsewhere, cutoff=0) or nearest(name, here if dot else ())
     raise SettingsError(f"{where}{name}: unknown setting{hint or nearest(name, here or setting_names())}")
 
 
