@@ -65,7 +65,7 @@ def between(share: float) -> Any:
 
 
 def settings(folder: Path, **evaluate: Any) -> Settings:
-    wanted = {"judge": f"{folder / 'rule.py'}:letters", "frontier": True, "frontier_samples": SAMPLES}
+    wanted: dict[str, Any] = {"judge": f"{folder / 'rule.py'}:letters", "frontier": True, "frontier_samples": SAMPLES}
     return Settings(
         run=RunSettings(folder=folder / "runs"),
         sampling=SamplingSettings(temperature=TEMPERATURE, max_new_tokens=8),

@@ -270,7 +270,7 @@ def _fitted(axes: Axes, fitted: Fit) -> None:
     d, gain, low, high = np.array(fitted.curve).T
     axes.fill_between(d, low, high, color=colour, alpha=0.13, linewidth=0)
     axes.plot(d, gain, color=colour, linewidth=1.3, label=f"fit of {label}")
-    if fitted.optimum_d is None or fitted.optimum_d > fitted.farthest_d:
+    if fitted.optimum_d is None or fitted.optimum_gain is None or fitted.optimum_d > fitted.farthest_d:
         return
     ends = np.clip(_ends(fitted.optimum_d_interval), 0, fitted.farthest_d)
     axes.errorbar(
@@ -294,7 +294,8 @@ def _ends(interval: Interval) -> tuple[float, float]:
 def _reach(middle: NDArray[Any], intervals: Sequence[tuple[float, ...]]) -> NDArray[Any]:
     """[2, N]: how far each interval's ends are below and above its middle."""
     low, high = np.array(intervals).T
-    return np.maximum(np.stack([middle - low, high - middle]), 0)
+    reach: NDArray[Any] = np.maximum(np.stack([middle - low, high - middle]), 0)
+    return reach
 
 
 def _curve_plot(curve: Curve, series: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> Plot:
