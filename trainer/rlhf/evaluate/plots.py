@@ -234,8 +234,9 @@ def over_optimisation(frontier: Frontier) -> Plot:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=6, handlelength=1.4)
         caption = (
             f"Means over {frontier.prompts} held-out prompts, relative to the initial policy, with 95 % intervals over "
-            f"prompts. Best-of-n stands at the upper bound of its KL, log n − (n − 1) / n; of the {frontier.samples} "
-            f"completions of a prompt {frontier.distinct_share:.0%} are different ones."
+            "prompts; thin lines follow n and training. Best-of-n stands at the upper bound of its KL, "
+            f"log n − (n − 1) / n; of the {frontier.samples} completions of a prompt {frontier.distinct_share:.0%} are "
+            "different ones."
         )
         last = {point.form: point for point in frontier.points}
         alt = "; ".join(
@@ -282,7 +283,7 @@ def _fitted(axes: Axes, fitted: Fit) -> None:
         color=colour,
         markeredgecolor="white",
         elinewidth=2.2,
-        label="its peak",
+        label=f"its peak ({label})",
     )
 
 
