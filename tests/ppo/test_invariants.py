@@ -202,7 +202,7 @@ def test_a_gradient_that_stays_zero():
 def test_completions_that_stop_ending_while_the_score_rises():
     (found,) = diagnose(later(ended_fraction=0.3))
     assert found.name == "length"
-    assert found.what.startswith("the score rose from 0.23 to 1.5, and the share that ends by itself fell from 0.95")
+    assert found.what.startswith("the score rose from 0.23 to 1.5, and the share that ends by itself fell from 0.946")
     assert names(later(ended_fraction=0.3, score_mean=0.3)) == [], "nothing rewards it"
     assert names(later(response_tokens_mean=47.0, score_mean=0.3)) == []
 

@@ -273,7 +273,7 @@ def _length(step: Step) -> str | None:
     ended_before, ended = step.at_start("ended_fraction"), step.now("ended_fraction")
     if ended < ended_before / factor:
         least = ended_before / factor
-        found.append(f"the share that ends by itself fell from {ended_before:.2f} to {ended:.2f}, {least:.2f} at least")
+        found.append(f"the share that ends by itself fell from {ended_before:.3g} to {ended:.3g}, {least:.3g} at least")
     return f"{rise}, and {' and '.join(found)}" if found else None
 
 
