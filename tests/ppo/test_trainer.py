@@ -77,7 +77,7 @@ def test_a_run_from_start_to_end(settings, worker):
     assert (figures["steps"], figures["rollouts"], figures["dead"]) == (6, 24, 0)
     assert [row["step"] for row in metrics(settings)] == [1, 2, 3, 4, 5, 6]
     assert all(row["first_ratio_error"] == 0.0 for row in metrics(settings))
-    assert [path.name for path in checkpoints(settings.paths.checkpoints)] == ["3-6", "4-6"]
+    assert [path.name for path in checkpoints(settings.paths.checkpoints)] == ["2-4", "4-6"]
     assert [path.name for path in sorted(settings.paths.sample_tables.iterdir())] == [
         "step-000003.jsonl",
         "step-000006.jsonl",

@@ -39,7 +39,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(folder: Path, step: PpoStep, ledger: Ledger, keep: int) -> Path:
-    """Durable on return; then removes all but the newest `keep`.
+    """Durable on return; then removes all but the newest `keep`, and those of a step that has a newer one.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written; older checkpoints stay.
@@ -48,7 +48,7 @@ def save_checkpoint(folder: Path, step: PpoStep, ledger: Ledger, keep: int) -> P
     number = max((_number(path) for path in checkpoints(folder)), default=-1) + 1
     target = folder / f"{number}-{ledger.trained_steps}"
     save_training_state(target, tensors, {"ledger": ledger.to_json(), **state})
-    for old in checkpoints(folder)[:-keep]:
+    for old in _superseded(checkpoints(folder), keep):
         shutil.rmtree(old)
     return target
 
@@ -103,6 +103,12 @@ def checkpoint_versions(folder: Path) -> list[tuple[int, int]]:
     """(epoch, step) of the weights in each checkpoint."""
     ledgers = [read_ledger(path) for path in checkpoints(folder)]
     return [(ledger["epoch"], ledger["trained_steps"]) for ledger in ledgers]
+
+
+def _superseded(saved: list[Path], keep: int) -> list[Path]:
+    newest = {path.name.split("-")[1]: path for path in saved}
+    kept = sorted(newest.values(), key=_number)[-keep:]
+    return [path for path in saved if path not in kept]
 
 
 def _number(path: Path) -> int:
