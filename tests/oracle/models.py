@@ -1,7 +1,7 @@
-"""Policies and critics for enumerable worlds: tables with the interface of language models, and a tiny Llama.
+"""Policies and critics for enumerable worlds: tables with the interface of language models, and tiny transformers.
 
 In a table every state has logits of its own, so a fixed point of the exact gradient is a policy that one can derive;
-the Llama shares its parameters between states, as real policies do.
+a transformer shares its parameters between states, as real policies do.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from oracle.world import World
 
@@ -81,6 +81,30 @@ def tiny_llama(world: World, *, seed: int = 0, hidden_size: int = 16, layers: in
                 max_position_embeddings=8,
                 initializer_range=0.3,
                 tie_word_embeddings=False,
+                bos_token_id=None,
+                eos_token_id=0,
+                pad_token_id=0,
+            )
+        )
+    return model.eval()
+
+
+def tiny_gpt2(world: World, *, seed: int = 0, hidden_size: int = 32) -> GPT2LMHeadModel:
+    """With positions of its own. A Llama knows only distances, and a token repeated looks to it like the token once: it
+    cannot answer 1 and 1 1 differently, which the optimum does."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=world.vocabulary,
+                n_embd=hidden_size,
+                n_layer=1,
+                n_head=2,
+                n_positions=8,
+                initializer_range=0.1,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
                 bos_token_id=None,
                 eos_token_id=0,
                 pad_token_id=0,

@@ -1,5 +1,6 @@
-"""The optimum through everything a run consists of: real services, Redis, a worker, the trainer, in processes of their
-own. The policy is a tiny Llama over five tokens, one of them the padding: were it counted anywhere, it would show.
+"""The optimum through everything a run consists of: real services, Redis, a worker, the trainer, each a process.
+
+The policy is a tiny transformer over four tokens, one of them the padding: were it counted anywhere, it would show.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from oracle.models import log_table, tiny_llama
+from oracle.models import log_table, tiny_gpt2
 from oracle.world import World, kl, new_world, optimum, response_logprobs
 from rlhf.models.causal import load_causal_lm, save_model
 from rlhf.models.tokenizer import END_TOKEN, PAD_TOKEN
 from support.runs import Run
 
-WORLD = new_world(vocabulary=5, longest=3, prompts=(1, 2))
-VOCABULARY = (END_TOKEN, "one", "two", "three", PAD_TOKEN)
+WORLD = new_world(vocabulary=4, longest=3, prompts=(1, 2), spread=2.0)
+VOCABULARY = (END_TOKEN, "one", "two", PAD_TOKEN)
 TEMPERATURE, BETA = 0.8, 0.5
 
 
@@ -53,10 +54,10 @@ def test_a_run_of_services_and_queues_ends_at_the_optimum(tmp_path):
             "kl": {"coef": BETA},
             "critic": {"init_from": "policy", "lr": 0.01},
             "ppo": {
-                "steps": 80,
+                "steps": 100,
                 "batch_prompts": 128,
                 "epochs": 2,
-                "lr": 0.01,
+                "lr": 0.003,
                 "lr_schedule": "linear",
                 "whiten_advantages": False,
                 "checkpoint_every": 40,
@@ -64,7 +65,7 @@ def test_a_run_of_services_and_queues_ends_at_the_optimum(tmp_path):
             },
         },
     )
-    start = tiny_llama(WORLD, hidden_size=32)
+    start = tiny_gpt2(WORLD)
     save_model(start, word_tokenizer(), run.paths.pretrained)
     run.paths.prompts.write_text("".join(json.dumps({"prompt": VOCABULARY[p]}) + "\n" for p in WORLD.prompts))
     log_star = optimum(WORLD, log_table(start, WORLD, TEMPERATURE).detach(), BETA)
