@@ -57,7 +57,21 @@ def test_linear_operator_is_registered_rightly(keep, with_reference):
     reference = (ref, weight.detach() * 1.1, None) if with_reference else (None, None, None)
     torch.library.opcheck(
         linear_module._statistics,
-        (hidden, weight, bias, labels, *reference, 0.7, -100, 70, torch.float32, 70 if keep else 128, 128, keep, ""),
+        (
+            hidden,
+            weight,
+            bias,
+            labels,
+            *reference,
+            0.7,
+            -100,
+            70,
+            torch.float32,
+            70 if keep else 128,
+            128,
+            70 if keep else 0,
+            "",
+        ),
     )
 
 

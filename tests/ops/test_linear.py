@@ -10,6 +10,8 @@ from rlhf.ops import LogprobOutput, definitions, fused_linear_logprobs
 from support.ops_cases import DEVICE, GRADIENT_TOLERANCE, assert_no_worse, gradients, loss, upstream
 
 KEPT, RECOMPUTED = 2**28, 1
+SOME_KEPT = 4 * 128 * 9 * (2 * 4 + 4)
+"""Of 9 tokens and two models: slices of 128 columns, and some of them kept."""
 
 
 def layers(
@@ -56,7 +58,7 @@ def all_gradients(function, arguments: dict[str, Tensor], **options) -> tuple[Te
 
 @pytest.mark.parametrize("vocab", [1, 7, 700, 3001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("workspace_bytes", [KEPT, RECOMPUTED], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("workspace_bytes", [KEPT, SOME_KEPT, RECOMPUTED], ids=["kept", "some kept", "recomputed"])
 def test_outputs_and_gradients(vocab, dtype, workspace_bytes):
     arguments = layers(dtype, vocab=vocab)
     for temperature in (0.5, 1.0):
@@ -85,6 +87,37 @@ def test_the_width_of_a_slice_changes_nothing_but_rounding():
         sliced = fused_linear_logprobs(**arguments, workspace_bytes=workspace_bytes)
         for name in whole._fields:
             torch.testing.assert_close(getattr(sliced, name), getattr(whole, name), atol=1e-5, rtol=0)
+
+
+def test_the_backward_pass_computes_again_only_what_was_not_kept(monkeypatch):
+    from rlhf.ops import heads
+
+    arguments = layers(vocab=1500)
+    widths = []
+    original = heads.Head.logits
+
+    def recording(self, columns, *rest):
+        widths.append(columns.stop - columns.start)
+        return original(self, columns, *rest)
+
+    monkeypatch.setattr(heads.Head, "logits", recording)
+    for workspace_bytes, expected in ((KEPT, 0), (SOME_KEPT, 1500 - 512), (RECOMPUTED, 1500)):
+        hidden = arguments["hidden_states"].clone().requires_grad_()
+        found = fused_linear_logprobs(**(arguments | {"hidden_states": hidden}), workspace_bytes=workspace_bytes)
+        widths.clear()
+        found.logprobs.sum().backward()
+        assert sum(widths) == expected
+
+
+def test_values_with_and_without_gradient_are_the_same_to_the_last_bit():
+    """A ratio of the two is then exactly 1."""
+    arguments = layers(vocab=1500)
+    for workspace_bytes in (KEPT, SOME_KEPT, RECOMPUTED):
+        with torch.no_grad():
+            without = fused_linear_logprobs(**arguments, workspace_bytes=workspace_bytes)
+        hidden = arguments["hidden_states"].clone().requires_grad_()
+        found = fused_linear_logprobs(**(arguments | {"hidden_states": hidden}), workspace_bytes=workspace_bytes)
+        assert torch.equal(found.logprobs, without.logprobs)
 
 
 def test_one_model_alone():
@@ -150,7 +183,7 @@ def test_padding_of_the_vocabulary_has_no_probability():
     assert (weight[:600] != 0).any()
 
 
-@pytest.mark.parametrize("workspace_bytes", [KEPT, RECOMPUTED], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("workspace_bytes", [KEPT, SOME_KEPT, RECOMPUTED], ids=["kept", "some kept", "recomputed"])
 def test_labels_that_a_bias_excludes(workspace_bytes):
     """Whole slices of the vocabulary among them, and more of the reference's than of the policy's."""
     arguments = layers(vocab=640)

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-
 PRODUCT_ROWS = 16384
 
 
@@ -69,9 +68,9 @@ class HeadGradient:
             self.bias[columns] += gradient.sum(0, dtype=torch.float32)
 
 
-def slices(total: int, width: int) -> Iterator[slice]:
-    """[0, total) in steps of `width`."""
-    return (slice(start, min(start + width, total)) for start in range(0, total, width))
+def slices(total: int, width: int, start: int = 0) -> Iterator[slice]:
+    """[start, total) in steps of `width`."""
+    return (slice(begin, min(begin + width, total)) for begin in range(start, total, width))
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,5 +99,5 @@ def slice_columns(tokens: int, vocab: int, place_bytes: int, limit_bytes: int) -
 
 
 def default_workspace_bytes(device: torch.device) -> int:
-    """2 GiB on a GPU, 256 MiB elsewhere."""
-    return 2**31 if device.type == "cuda" else 2**28
+    """2 GiB on a GPU, 384 MiB elsewhere."""
+    return 2**31 if device.type == "cuda" else 3 * 2**27

@@ -8,7 +8,7 @@
                                                       d hidden       += gradient · weight[slice]
 
 Slices of the vocabulary rather than of the tokens: each row of d weight is one product, written once, and only d hidden
-is accumulated. The backward pass computes the logits again unless they all fit into the workspace.
+is accumulated. The backward pass computes the logits again, but for those that the workspace has room to keep.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ def fused_linear_logprobs(
     """Log-probs and entropy of p = softmax((hidden_states · lm_head_weightᵀ + lm_head_bias) / temperature) and, given
     the reference's hidden states, its log-probs and the exact KL(p ‖ r); the logits never exist all at once.
 
-    With N tokens, k models and b bytes a logit, what is needed beside inputs and results is about
-    k · b · N · columns bytes forward and (k · b + bytes of the hidden states' dtype) · N · columns + 4 · N · H
-    backward, where `columns`, the width of a slice, is the largest that fits into the workspace. Where the logits of
-    all models fit, they are kept instead, and the backward pass saves their products.
+    With N tokens, k models and b bytes a logit, what is needed beside inputs and results is k · b · N · columns bytes
+    forward, and (k · b + bytes of the hidden states' dtype) · N · columns + 4 · N · H backward, where a slice of
+    `columns` fills a quarter of the workspace; and until the backward pass k · b · N for each column of which the
+    logits are kept, as many as the other three quarters hold. Where all logits fit into the workspace, all are kept,
+    and nothing is computed twice.
 
     Args:
         hidden_states: [..., H] float32, bfloat16 or float16; what the output layer reads. Under autocast it and the
@@ -66,7 +67,7 @@ def fused_linear_logprobs(
         valid_vocab_size: labels from here on are padding of the weight's rows, and have no probability.
         logits_dtype: float32, or the hidden states' own dtype, which is faster and rounds: see `rlhf.ops.heads`.
         workspace_bytes: for logits and their gradients; at least 128 columns are computed at once. None: 2 GiB on a
-            GPU, 256 MiB elsewhere.
+            GPU, 384 MiB elsewhere.
         process_group: the vocabulary is divided equally between its ranks; forward takes one MAX and one SUM over
             [N, 8] floats, backward one SUM of the hidden states' gradient. All ranks pass the same hidden states.
 
@@ -85,12 +86,12 @@ def fused_linear_logprobs(
     check_labels(labels, hidden_states.shape[:-1], hidden_states.device, vocab, ignore_index)
     check_temperature(temperature)
     needs_backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in policy)
-    columns, backward_columns, keep = _plan(
+    columns, backward_columns, kept_columns = _plan(
         policy[0], len(lm_head_weight), reference, logits_dtype, workspace_bytes, needs_backward
     )
     found = _statistics(
         *flattened(policy), labels.reshape(-1).contiguous(), *flattened(reference or (None, None, None)), temperature,
-        ignore_index, vocab, logits_dtype, columns, backward_columns, keep, parallel.group_name(process_group),
+        ignore_index, vocab, logits_dtype, columns, backward_columns, kept_columns, parallel.group_name(process_group),
     )  # fmt: skip
     return shaped(rows.RowOutputs(*found[:7]), labels.shape)
 
@@ -173,8 +174,8 @@ def _plan(
     logits_dtype: torch.dtype,
     workspace_bytes: int | None,
     needs_backward: bool,
-) -> tuple[int, int, bool]:
-    """The width of a slice forward and backward, and whether the logits are kept for the backward pass.
+) -> tuple[int, int, int]:
+    """The width of a slice forward and backward, and of how many columns the logits are kept for the backward pass.
 
     Forward it does not depend on whether there will be a backward pass: equal products make equal sums, so that a ratio
     of probabilities computed with and without gradient is exactly 1.
@@ -183,10 +184,13 @@ def _plan(
     tokens = hidden.shape[:-1].numel()
     forward_bytes = (1 if reference is None else 2) * logits_dtype.itemsize
     fits = tokens * vocab * forward_bytes <= limit
-    slice_bytes = limit if uses_triton(hidden) else min(limit, CACHED_SLICE_BYTES)
-    columns = slice_columns(tokens, vocab, forward_bytes, slice_bytes)
+    # A quarter for the slice at hand, the rest for what is kept.
+    slice_bytes = limit // 4 if uses_triton(hidden) else min(limit // 4, CACHED_SLICE_BYTES)
+    columns = vocab if fits else slice_columns(tokens, vocab, forward_bytes, slice_bytes)
     backward_columns = slice_columns(tokens, vocab, forward_bytes + hidden.element_size(), slice_bytes)
-    return vocab if fits else columns, backward_columns, fits and needs_backward
+    keep = limit if fits else limit - slice_bytes
+    kept_columns = keep // max(1, tokens * forward_bytes) // columns * columns
+    return columns, backward_columns, min(kept_columns, vocab) if needs_backward else 0
 
 
 _Nine = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -207,15 +211,19 @@ def _statistics(
     logits_dtype: torch.dtype,
     columns: int,
     backward_columns: int,
-    keep: bool,
+    kept_columns: int,
     group: str,
 ) -> _Nine:
-    """The fields of rows.RowOutputs, and the logits of policy and reference, empty unless kept."""
+    """The fields of rows.RowOutputs, and the logits of policy and reference as far as they are kept."""
     with torch.autocast(hidden.device.type, enabled=False):
         process_group = parallel.resolve(group)
         of, first_label, own_labels = share(labels, temperature, ignore_index, vocab, len(weight), process_group)
         head, ref_head = heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, logits_dtype)
-        kept = ref_kept = hidden.new_empty(0, dtype=logits_dtype)
+        # One slice that is kept needs no copy.
+        whole = min(columns, kept_columns) >= own_labels
+        kept, ref_kept = _new_kept(
+            hidden, 0 if whole else min(kept_columns, own_labels), ref_head is not None, logits_dtype
+        )
         widths = list(slices(own_labels, columns))
         partials = rows.new_partials(len(hidden), max(1, len(widths)), hidden.device)
         if not widths:
@@ -224,23 +232,33 @@ def _statistics(
             logits = head.logits(part)
             ref_logits = None if ref_head is None else ref_head.logits(part)
             rows.partials(logits, ref_logits, of, first_label + part.start, partials[:, i : i + 1])
-            if keep:
+            if whole:
                 kept, ref_kept = logits, ref_kept if ref_logits is None else ref_logits
+            elif part.stop <= kept.shape[1]:
+                kept[:, part] = logits
+                if ref_logits is not None:
+                    ref_kept[:, part] = ref_logits
             # Or they would live on beside the next slice's.
             del logits, ref_logits
         outputs = parallel.merge(partials, of, ref_head is not None, process_group)
-    return (*outputs, kept, ref_kept.clone() if ref_kept is kept else ref_kept)
+    return (*outputs, kept, ref_kept)
+
+
+def _new_kept(hidden: Tensor, columns: int, has_ref: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[N, columns] each, not filled."""
+    tokens = hidden.shape[0]
+    return (
+        hidden.new_empty(tokens, columns, dtype=dtype),
+        hidden.new_empty(tokens, columns if has_ref else 0, dtype=dtype),
+    )
 
 
 @_statistics.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, ref_hidden: Tensor | None, *rest: Any) -> _Nine:
-    _, _, _, _, vocab, logits_dtype, _, _, keep, group = rest
+    _, _, _, _, vocab, logits_dtype, _, _, kept_columns, group = rest
     _, _, own_labels = share(labels, 1.0, 0, vocab, len(weight), parallel.resolve(group))
     outputs = rows.new_outputs(len(labels), ref_hidden is not None, hidden.device)
-    shape = (len(labels), own_labels)
-    kept = hidden.new_empty(shape if keep else 0, dtype=logits_dtype)
-    ref_kept = hidden.new_empty(shape if keep and ref_hidden is not None else 0, dtype=logits_dtype)
-    return (*outputs, kept, ref_kept)
+    return (*outputs, *_new_kept(hidden, min(kept_columns, own_labels), ref_hidden is not None, logits_dtype))
 
 
 def share(
@@ -302,13 +320,15 @@ def _gradient(
         outputs = rows.RowOutputs(kl, kl, kl, entropy, kl, kl, norms)
         upstream = rows.Upstream(g_logprobs, g_kl, g_entropy, g_logsumexp)
         found = HeadGradient(hidden, weight, (needs[0], needs[1], needs[2]))
-        for part in slices(own_labels, columns):
-            logits = kept[:, part] if len(kept) else head.logits(part)
+        kept_columns = kept.shape[1]
+        for part in (*slices(kept_columns, columns), *slices(own_labels, columns, start=kept_columns)):
+            is_kept = part.stop <= kept_columns
+            logits = kept[:, part] if is_kept else head.logits(part)
             ref_logits = None
             if g_kl is not None and ref_head is not None:
-                ref_logits = ref_kept[:, part] if len(ref_kept) else ref_head.logits(part)
-            own_memory = not len(kept) and logits.dtype == found.dtype
-            out = logits if own_memory else torch.empty_like(logits, dtype=found.dtype)
+                ref_logits = ref_kept[:, part] if is_kept else ref_head.logits(part)
+            own_memory = not is_kept and logits.dtype == found.dtype
+            out = logits if own_memory else torch.empty(logits.shape, dtype=found.dtype, device=logits.device)
             rows.gradient(logits, ref_logits, of, first_label + part.start, outputs, upstream, out)
             found.add(out, part)
             del logits, ref_logits, out

@@ -72,7 +72,7 @@ def fused_linear_ppo_loss(
         terms: clip ranges, KL and entropy.
         ref_logprobs: of the labels' shape, for a KL estimator without the reference's hidden states.
         workspace_bytes: for logits and their gradients; at least 16 rows are computed at once. None: 2 GiB on a GPU,
-            256 MiB elsewhere.
+            384 MiB elsewhere.
         others: see `fused_linear_logprobs`; the tokens that count are those whose label is not ignored.
 
     Raises:
