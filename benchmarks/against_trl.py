@@ -132,9 +132,9 @@ def _curves(found: dict[str, list[Ran]]) -> list[Figure]:
 
     first = {name: [run.scores[0] for run in runs] for name, runs in found.items()}
     return [
-        *(Figure(f"{name}: score in the first step", "", values) for name, values in first.items()),
+        *(Figure(f"{name}: score in the first step", "reward", values) for name, values in first.items()),
         *(
-            Figure(f"{name}: score over the last quarter of steps", "", [last(run) for run in runs])
+            Figure(f"{name}: score over the last quarter of steps", "reward", [last(run) for run in runs])
             for name, runs in found.items()
         ),
         *(Figure(f"{name}: KL in the last step", "nats", [run.kl[-1] for run in runs]) for name, runs in found.items()),
