@@ -36,7 +36,7 @@ def kill(run, running, name, after_steps):
     wait_until(
         lambda: running.poll() is not None or run.steps() >= after_steps,
         f"step {after_steps} before killing {name}",
-        60,
+        120,
     )
     assert running.poll() is None, running.communicate()[0]
     os.kill(run.processes()[name]["pid"], signal.SIGKILL)
