@@ -141,7 +141,8 @@ class Head:
         """Weight [V, H] and bias [V] end to end, in C order and little-endian, `HEAD_PART_BYTES` at a time."""
         for tensor in (self._layer.weight, self._layer.bias):
             if tensor is not None:
-                for part in tensor.detach().contiguous().view(-1).view(torch.uint8).split(HEAD_PART_BYTES):
+                data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+                for part in torch.split(data, HEAD_PART_BYTES):
                     yield part.cpu().numpy().tobytes()
 
 

@@ -27,7 +27,7 @@ _TO_NUMPY: dict[int, np.dtype[Any]] = {
 }
 _FROM_NUMPY = {dtype: number for number, dtype in _TO_NUMPY.items()}
 
-_HIDDEN = {
+_HIDDEN: dict[str, tuple[Any, np.dtype[Any], int]] = {
     "float32": (tensor_pb2.DTYPE_FLOAT32, np.dtype("<u4"), 0x7F800000),
     "bfloat16": (tensor_pb2.DTYPE_BFLOAT16, np.dtype("<u2"), 0x7F80),
     "float16": (tensor_pb2.DTYPE_FLOAT16, np.dtype("<u2"), 0x7C00),
@@ -110,7 +110,7 @@ def from_ragged(message: tensor_pb2.RaggedTensor, name: str, *, dtypes: str = ""
 
 
 def to_hidden_states(hidden: HiddenStates) -> tensor_pb2.Tensor:
-    message = tensor_pb2.Tensor(dtype=_HIDDEN[hidden.dtype][0], shape=hidden.shape)  # type: ignore[arg-type]
+    message = tensor_pb2.Tensor(dtype=_HIDDEN[hidden.dtype][0], shape=hidden.shape)
     if isinstance(hidden.content, Blob):
         blob = hidden.content
         message.blob.CopyFrom(tensor_pb2.Blob(uri=blob.uri, size_bytes=blob.size_bytes, sha256=blob.sha256))

@@ -29,10 +29,10 @@ def output_layer(model: PreTrainedModel) -> OutputLayer:
         ModelError: the model does more to its hidden states than multiply them (it caps or scales its logits), so that
             log-probs cannot be computed from hidden states.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is None:
         raise ModelError(f"{_name(model)}: the model has no output layer")
-    layer = OutputLayer(head.weight, getattr(head, "bias", None))  # type: ignore[arg-type]
+    layer = OutputLayer(head.weight, getattr(head, "bias", None))
     _check(model, layer)
     return layer
 
