@@ -173,24 +173,3 @@ def test_a_transformer_comes_to_rest_at_the_optimum():
     assert trial.distance(log_star) > 10 * TOLERANCE
     trial.run(steps=150, prompts=64)
     assert trial.distance(log_star) < TOLERANCE
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("name", "beta"),
-    [("gae", 0.1), ("gae", 0.5), ("gae", 2.0), *((name, 0.5) for name in COMPLETIONS if name != "gae")],
-)
-def test_eight_tokens_of_length_four(name, beta):
-    """2801 responses and 400 states, of which most are hardly ever seen."""
-    world = new_world(vocabulary=8, longest=4, prompts=(1,))
-    log_ref, log_p = random_table(world, seed=1), random_table(world, seed=2, spread=0.5)
-    trial = new_trial(
-        world, log_ref=log_ref, log_p=log_p, kl=KlSettings(coef=beta), estimator=name, lr=0.1, critic_lr=0.2,
-        completions=COMPLETIONS[name],
-    )  # fmt: skip
-    log_star = optimum(world, log_ref, beta)
-    before = trial.distance(log_star)
-    trial.run(200, 1024 // COMPLETIONS[name], COMPLETIONS[name])
-    print(f"{name}, beta {beta}: {before:.3f} nats before, {trial.distance(log_star):.4f} after")
-    assert trial.distance(log_star) < TOLERANCE

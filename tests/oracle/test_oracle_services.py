@@ -44,7 +44,7 @@ def distance(model, log_goal) -> float:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_run_of_services_and_queues_ends_at_the_optimum(tmp_path):
     run = Run(
         tmp_path,
@@ -56,7 +56,7 @@ def test_a_run_of_services_and_queues_ends_at_the_optimum(tmp_path):
             "ppo": {
                 "steps": 100,
                 "batch_prompts": 128,
-                "epochs": 2,
+                "epochs": 4,
                 "lr": 0.003,
                 "lr_schedule": "linear",
                 "whiten_advantages": False,
@@ -72,7 +72,7 @@ def test_a_run_of_services_and_queues_ends_at_the_optimum(tmp_path):
     assert distance(start, log_star) > 0.1
     running = run.start()
     try:
-        output, _ = running.communicate(timeout=280)
+        output, _ = running.communicate(timeout=870)
     finally:
         running.kill()
     assert running.returncode == 0, output
