@@ -110,6 +110,25 @@ def test_whitened_rewards_pay_for_length():
     assert trial.distance(log_goal) < TOLERANCE
 
 
+def test_whitened_rewards_keep_their_mean():
+    """Token by token: a shift too small to be seen where the policy comes to rest is seen here."""
+    trial = new_run("gae", 0.5, whiten_rewards=True)
+    batch = trial.rollouts(50)
+    of_responses = []
+    for completion in (rollout.completions[0] for rollout in batch):
+        mask = completion.response_mask
+        rewards = -0.5 * torch.from_numpy(completion.logprobs[mask] - completion.ref_logprobs[mask])
+        rewards[-1] += completion.score
+        of_responses.append(rewards)
+    every = torch.cat(of_responses)
+    to_go = [
+        ((r - every.mean()) / every.std(correction=0) + every.mean()).flip(0).cumsum(0).flip(0) for r in of_responses
+    ]
+    found = trial.targets(batch).advantages
+    expected = torch.cat([torch.cat([torch.zeros(1), part]) for part in to_go])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def _paid_per_token(log_y, beta: float):
     """μ (σ - 1) under the policy with these log-probs of responses, [X, Y]."""
     log_p = _table_of(log_y)
