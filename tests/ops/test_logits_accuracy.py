@@ -169,6 +169,16 @@ def test_four_dimensions_and_padded_rows():
     torch.testing.assert_close(found.entropy.double(), truth.entropy, atol=1e-5, rtol=1e-5)
 
 
+def test_one_row_alone():
+    logits, ref_logits, labels = case(3, 200)
+    found, rows = (
+        logprobs_kl_from_logits(logits[0], ref_logits[0], labels[0]),
+        logprobs_kl_from_logits(logits, ref_logits, labels),
+    )
+    assert found.kl.shape == ()
+    torch.testing.assert_close(found.kl, rows.kl[0])
+
+
 def test_a_gradient_written_over_the_logits():
     logits, ref_logits, labels = case(4, 900)
     weights = upstream(labels.shape)

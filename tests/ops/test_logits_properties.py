@@ -109,7 +109,10 @@ def test_no_tokens(shape):
             {"logits": torch.zeros(5, 3).T},
             r"logits: a contiguous last dimension \(stride 1\) expected, stride 3 received",
         ),
-        ({"logits": torch.zeros(5)}, r"logits: at least two dimensions, the last not empty, expected, \(5,\) received"),
+        (
+            {"logits": torch.zeros(3, 0)},
+            r"logits: at least 1 dimension\(s\), the last not empty, expected, \(3, 0\) rec",
+        ),
         ({"ref_logits": torch.zeros(3, 6)}, r"ref_logits: shape \(3, 5\) expected, \(3, 6\) received"),
     ],
 )

@@ -99,7 +99,8 @@ def test_the_gradient_of_an_estimator_in_the_reward(estimator):
     of_objective = exact_gradient(trial, lambda log_p: -objective(WORLD, log_p, LOG_REF, BETA))
     off = torch.dist(expected, of_objective) / of_objective.norm()
     assert off < 1e-6 if estimator == "k1" else off > 0.2
-    assert_mean_is(trial.gradients(), expected)
+    # Of k2 and k3 the gradient is small beside its noise.
+    assert_mean_is(trial.gradients(), expected, precision=0.12)
 
 
 def test_exact_kl_in_the_reward_has_the_gradient_of_the_objective():

@@ -36,9 +36,10 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature: must be > 0, {temperature} received")
 
 
-def check_matrix(name: str, matrix: Tensor, *, like: Tensor | None = None) -> None:
+def check_matrix(name: str, matrix: Tensor, *, least_dim: int = 2, like: Tensor | None = None) -> None:
     """
     Args:
+        least_dim: dimensions that it must have.
         like: shape and device must be this one's.
 
     Raises:
@@ -49,9 +50,9 @@ def check_matrix(name: str, matrix: Tensor, *, like: Tensor | None = None) -> No
         allowed.append(torch.float64)
     if matrix.dtype not in allowed:
         raise ValueError(f"{name}: {' or '.join(map(_name, allowed))} expected, {_name(matrix.dtype)} received")
-    if matrix.dim() < 2 or matrix.shape[-1] < 1:
+    if matrix.dim() < least_dim or matrix.shape[-1] < 1:
         raise ValueError(
-            f"{name}: at least two dimensions, the last not empty, expected, {tuple(matrix.shape)} received"
+            f"{name}: at least {least_dim} dimension(s), the last not empty, expected, {tuple(matrix.shape)} received"
         )
     if matrix.stride(-1) != 1 and matrix.shape[-1] > 1:
         raise ValueError(

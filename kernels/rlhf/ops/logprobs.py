@@ -82,9 +82,9 @@ def logprobs_kl_from_logits(
 
 
 def _check(logits: Tensor, ref_logits: Tensor | None, labels: Tensor, temperature: float, ignore_index: int) -> None:
-    check_matrix("logits", logits)
+    check_matrix("logits", logits, least_dim=1)
     if ref_logits is not None:
-        check_matrix("ref_logits", ref_logits, like=logits)
+        check_matrix("ref_logits", ref_logits, least_dim=1, like=logits)
     check_labels(labels, logits.shape[:-1], logits.device, logits.shape[-1], ignore_index)
     check_temperature(temperature)
 
@@ -111,6 +111,8 @@ def _through_kernels(
 
 def _rows(logits: Tensor) -> Tensor:
     """As the kernels walk it: two dimensions, or three where rows cannot be seen as one dimension without a copy."""
+    if logits.dim() == 1:
+        return logits.unsqueeze(0)
     return logits if logits.dim() <= 3 else logits.flatten(0, -3)
 
 
