@@ -54,7 +54,7 @@ bench-trl: setup .venv-trl/installed ## samples a second against TRL 1.12.0's PP
 	@$(BIN)/python benchmarks/against_trl.py
 	@$(BIN)/python benchmarks/table.py
 
-bench: setup ## what it costs, measured: about 25 minutes; BENCH="generation weights" runs these alone
+bench: setup ## what it costs, measured: about half an hour; BENCH="generation weights" runs these alone
 	@$(BIN)/python benchmarks/run_all.py $(BENCH)
 
 # Needs torch and Triton alone, so PYTHON may be a machine's own; unless it is given, .venv's if there is one.

@@ -31,7 +31,7 @@ def measure(options: Options) -> Measured:
         "hidden": options.size(768, 16),
     }
     ways = {name: functools.partial(_fresh, name, *sizes.values()) for name in WAYS}
-    found = interleaved(ways, options.size(5, 1))
+    found = interleaved(ways, options.size(3, 1))
     figures = [figure for stage in ("forward", "forward and backward") for figure in _figures(stage, found)]
     checks = {name: {"sum": runs[0]["sum"]} for name, runs in found.items()}
     _expect_same_sums(checks)
