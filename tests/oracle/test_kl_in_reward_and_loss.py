@@ -100,7 +100,7 @@ def test_the_gradient_of_an_estimator_in_the_reward(estimator):
     off = torch.dist(expected, of_objective) / of_objective.norm()
     assert off < 1e-6 if estimator == "k1" else off > 0.2
     # Of k2 and k3 the gradient is small beside its noise.
-    assert_mean_is(trial.gradients(), expected, precision=0.12)
+    assert_mean_is(trial.gradients(batches=64 if estimator in ("k2", "k3") else 32), expected)
 
 
 def test_exact_kl_in_the_reward_has_the_gradient_of_the_objective():

@@ -77,11 +77,11 @@ def fused_linear_logprobs(
     Raises:
         ValueError: names the argument, the rule and what was received.
     """
-    policy = autocast(hidden_states, lm_head_weight, lm_head_bias)
-    reference = reference_head(policy, ref_hidden_states, ref_lm_head_weight, ref_lm_head_bias)
-    check_head("", *policy, logits_dtype)
-    if reference is not None:
-        check_reference(reference, policy, logits_dtype)
+    policy, reference = layers(
+        (hidden_states, lm_head_weight, lm_head_bias),
+        (ref_hidden_states, ref_lm_head_weight, ref_lm_head_bias),
+        logits_dtype,
+    )
     vocab = vocabulary(len(lm_head_weight), valid_vocab_size, process_group)
     check_labels(labels, hidden_states.shape[:-1], hidden_states.device, vocab, ignore_index)
     check_temperature(temperature)
@@ -100,7 +100,23 @@ _Layer = tuple[Tensor, Tensor, Tensor | None]
 """Hidden states, weight, bias."""
 
 
-def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Layer:
+def layers(
+    policy: _Layer, reference: tuple[Tensor | None, Tensor | None, Tensor | None], logits_dtype: torch.dtype
+) -> tuple[_Layer, _Layer | None]:
+    """Both models' layers as they are computed with; None where there is no reference.
+
+    Raises:
+        ValueError: one is malformed, or they do not fit together.
+    """
+    policy = _autocast(*policy)
+    own_reference = _reference(policy, *reference)
+    check_head("", *policy, logits_dtype)
+    if own_reference is not None:
+        _check_reference(own_reference, policy, logits_dtype)
+    return policy, own_reference
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Layer:
     """Converted as torch's own linear layer converts them under autocast; else as they are."""
     device = hidden.device.type
     if not torch.is_autocast_enabled(device):
@@ -109,7 +125,7 @@ def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Layer:
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def reference_head(policy: _Layer, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> _Layer | None:
+def _reference(policy: _Layer, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> _Layer | None:
     """The frozen reference's layer; without a weight of its own it has the policy's layer.
 
     Raises:
@@ -125,10 +141,10 @@ def reference_head(policy: _Layer, hidden: Tensor | None, weight: Tensor | None,
                 "ref_lm_head_bias: without ref_lm_head_weight the reference has the policy's weight and bias"
             )
         weight, bias = policy[1], policy[2]
-    return autocast(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
+    return _autocast(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
 
 
-def check_reference(reference: _Layer, policy: _Layer, logits_dtype: torch.dtype) -> None:
+def _check_reference(reference: _Layer, policy: _Layer, logits_dtype: torch.dtype) -> None:
     """
     Raises:
         ValueError: the reference's layer is malformed, or not of the policy's tokens and labels.

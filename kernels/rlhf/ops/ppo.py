@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf.ops import linear, parallel, rows
-from rlhf.ops.checks import check_head, check_labels, check_temperature
+from rlhf.ops.checks import check_labels, check_temperature
 from rlhf.ops.dispatch import uses_triton
 from rlhf.ops.heads import Head, HeadGradient, default_workspace_bytes, slices
 from rlhf.ops.losses import PpoTerms, ppo_loss
@@ -78,11 +78,11 @@ def fused_linear_ppo_loss(
     Raises:
         ValueError: names the argument, the rule and what was received.
     """
-    policy = linear.autocast(hidden_states, lm_head_weight, lm_head_bias)
-    reference = linear.reference_head(policy, ref_hidden_states, ref_lm_head_weight, ref_lm_head_bias)
-    check_head("", *policy, logits_dtype)
-    if reference is not None:
-        linear.check_reference(reference, policy, logits_dtype)
+    policy, reference = linear.layers(
+        (hidden_states, lm_head_weight, lm_head_bias),
+        (ref_hidden_states, ref_lm_head_weight, ref_lm_head_bias),
+        logits_dtype,
+    )
     vocab = linear.vocabulary(len(lm_head_weight), valid_vocab_size, process_group)
     check_labels(labels, hidden_states.shape[:-1], hidden_states.device, vocab, ignore_index)
     check_temperature(temperature)
