@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rlhf.errors import RequestError, SettingsError
 from rlhf.models.causal import new_causal_lm
@@ -16,6 +18,16 @@ from rlhf.policy.lane import Lane
 from rlhf.sft.settings import PretrainSettings
 from rlhf.wire.records import Sampling, Stopping, WeightVersion
 from support.tiny import tiny_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the settings want it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 VERSION = WeightVersion("", 0, 0, "0" * 64)
 

@@ -18,9 +18,9 @@ def test_enough_is_accepted():
     ("changed", "sentence"),
     [
         ("run.workers=2", "run.deterministic needs run.workers to be 1"),
-        ("policy.threads=0", "run.deterministic needs policy.threads above 0: sums depend on the number of threads"),
-        ("reward.threads=0", "run.deterministic needs reward.threads above 0: sums depend on the number of threads"),
-        ("reference.threads=0", "run.deterministic needs reference.threads above 0: sums depend on the number of th"),
+        ("policy.threads=2", "run.deterministic needs policy.threads to be 1: more of them round by the place"),
+        ("reward.threads=2", "run.deterministic needs reward.threads to be 1: more of them round by the place"),
+        ("reference.threads=2", "run.deterministic needs reference.threads to be 1: more of them round by the place"),
         ("ppo.threads=0", "run.deterministic needs ppo.threads above 0: sums depend on the number of threads"),
     ],
 )

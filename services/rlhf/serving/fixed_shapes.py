@@ -5,6 +5,10 @@ chance: it depends on who asked when. So every pass has the same number of rows,
 itself, rounded up; where fewer items are there, fillers take the other places. Two of them always do, a longest and a
 shortest one: the first gives the batch its length, and without the second a batch of full rows would need no mask and
 take another way through attention.
+
+On CPU this needs one thread: with more, matrix products and attention are divided among them at places that the shape
+decides, and each part's edge is rounded in its own way (seen with MKL on AMD's AVX-512: 5 to 11 rows, two threads).
+`check_alike` tries it on the machine at hand.
 """
 
 from __future__ import annotations
@@ -79,5 +83,5 @@ def check_alike(answers: Sequence[object], what: str) -> None:
     if any(answer != answers[0] for answer in answers):
         raise SettingsError(
             f"run.deterministic: on this machine {what} rounds a sequence differently in different places of a batch, "
-            "so equal shapes do not make equal numbers; try other threads, or policy.max_sequences = 1"
+            "so equal shapes do not make equal numbers; policy.max_sequences = 1 would"
         )

@@ -79,10 +79,11 @@ class Settings(Section):
         """Settings by name, whether they are as needed, and what is needed."""
         yield "run.workers", self.run.workers == 1, "to be 1"
         yield "ppo.max_staleness", self.ppo.max_staleness == 0, "to be 0: which weights sample would be chance"
-        for name, section in (("ppo", self.ppo), ("policy", self.policy), ("reference", self.reference)):
-            yield f"{name}.threads", section.threads > 0, "above 0: sums depend on the number of threads"
-        if not self.reward.rule:
-            yield "reward.threads", self.reward.threads > 0, "above 0: sums depend on the number of threads"
+        yield "ppo.threads", self.ppo.threads > 0, "above 0: sums depend on the number of threads"
+        for name, section in (("policy", self.policy), ("reference", self.reference), ("reward", self.reward)):
+            if name != "reward" or not self.reward.rule:
+                # Who shares a batch is chance, and so is a sequence's place in it.
+                yield f"{name}.threads", section.threads == 1, "to be 1: more of them round by the place in a batch"
 
     @property
     def paths(self) -> RunPaths:
