@@ -24,8 +24,8 @@ class RunSettings(Section):
     """What `rlhf run` does, in this order."""
     deterministic: bool = False
     """Equal settings on one machine make equal numbers, to the last bit, also through kills: forward passes of fixed
-    shape in every service, seeds that no repetition changes. Slower. Needs one worker, threads = 1 in every service that
-    has a model, ppo.threads above 0, and ppo.max_staleness = 0."""
+    shape in every service, seeds that no repetition changes. Slower. Needs one worker, `threads = 1` in every service
+    with a model, ppo.threads above 0, and ppo.max_staleness = 0."""
     policies: PositiveInt = 1
     """Policy services that the supervisor starts."""
     workers: PositiveInt = 1
