@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "wire": {"errors", "v1"},
     "queues": {*LOW, "wire"},
     "serving": {*LOW, "wire", "v1"},
+    "feedback": {*LOW, "data", "models", "observe"},
     "rollouts": {*LOW, "observe", "queues", "serving", "wire", "v1"},
     "policy": SERVICE,
     "reward": SERVICE - {"data"},
@@ -29,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {*LOW, "wire"},
     "ppo": {*LOW, "data", "models", "observe", "ops", "queues", "reward", "serving", "wire", "v1"},
     "sft": {*LOW, "data", "models", "observe", "ops"},
-    "preference": {*LOW, "data", "models", "observe", "ops", "reward", "sft"},
+    "preference": {*LOW, "data", "feedback", "models", "observe", "ops", "reward", "sft"},
     "data": {*LOW, "reward", "wire"},
     "evaluate": {*LOW, "data", "models", "observe", "ops", "policy", "reference", "reward", "wire"},
     "doctor": {*LOW, "data", "models", "observe", "ppo", "queues", "reward", "serving", "supervisor", "v1", "wire"},
@@ -107,6 +108,7 @@ def test_without_torch() -> None:
         "import sys\n"
         "import rlhf.cli.main, rlhf.supervisor.pipeline, rlhf.queues.streams, rlhf.serving.client\n"
         "import rlhf.observe.status, rlhf.wire.messages, rlhf.settings.run, rlhf.rollouts.worker\n"
+        "import rlhf.feedback.judgments\n"
         "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
         "sys.exit(', '.join(heavy) or 0)\n"
     )
