@@ -16,13 +16,14 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import (
@@ -34,8 +35,9 @@ from rlhf.errors import (
     TokenizerMismatch,
     WeightsMismatch,
 )
+from rlhf.models.base import Base
 from rlhf.models.tokenizer import end_token_ids, tokenizer_sha256
-from rlhf.models.weights import copy_weights, load_weights, named_weights, read_manifest
+from rlhf.models.weights import AdapterOf, copy_weights, load_weights, named_weights, read_manifest
 from rlhf.policy.cache import check_cacheable
 from rlhf.policy.engine import EngineInfo, Event, Failed, GenerationRequest, Load, Versions
 from rlhf.policy.generation import Generation
@@ -67,10 +69,12 @@ class ContinuousEngine:
         tokenizer: PreTrainedTokenizerBase,
         version: WeightVersion,
         limits: Limits,
+        base: Base | None = None,
     ) -> None:
         """
         Args:
             model: in eval mode; the engine keeps it.
+            base: what published adapters are merged with. None: whole weights alone can be prepared.
 
         Raises:
             ModelError: its memory of earlier tokens cannot be kept in rows.
@@ -82,6 +86,7 @@ class ContinuousEngine:
         self.tokenizer_sha256 = tokenizer_sha256(tokenizer)
         self._eos_token_ids = end_token_ids(model, tokenizer)
         self._limits = limits
+        self._base = base
         self._shape = self._fixed_shape() if limits.deterministic else None
         # Copied, because weights that lie elsewhere in memory may be summed in another order.
         self._current = Lane(copy.deepcopy(model) if self._shape else model, version, self._shape)
@@ -130,16 +135,17 @@ class ContinuousEngine:
     def prepare(self, folder: Path, version: WeightVersion, timeout_s: float) -> None:
         if version in (self._current.version, self._prepared):
             return
-        tokenizer_of_weights = read_manifest(folder).tokenizer_sha256
-        if tokenizer_of_weights != self.tokenizer_sha256:
+        manifest = read_manifest(folder)
+        if manifest.tokenizer_sha256 != self.tokenizer_sha256:
             raise TokenizerMismatch(f"{folder}: these weights belong to another tokenizer than the policy's")
         tensors = load_weights(folder, version)
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ModelError(f"{folder}: {name} holds numbers that are not finite; the policy keeps its weights")
-        spare = self._idle_spare(timeout_s)
         try:
-            copy_weights(spare.model, tensors)
+            whole = tensors if manifest.adapter is None else self._merged(tensors, manifest.adapter)
+            spare = self._idle_spare(timeout_s)
+            copy_weights(spare.model, whole)
         except ModelError as error:  # nothing was copied
             raise ModelError(f"{folder}: {error}") from error
         self._previous = None
@@ -212,6 +218,11 @@ class ContinuousEngine:
             # To the head of the line, so that recomputing their caches is spread over steps like any prefill.
             self._waiting.extendleft(row for row in reversed(old.rows) if row in moving)
             old.leave(moving)
+
+    def _merged(self, tensors: Mapping[str, Tensor], adapter: AdapterOf) -> Mapping[str, Tensor]:
+        if self._base is None:
+            raise ModelError("an adapter needs the model that it is for, and this policy has no folder of one")
+        return self._base.merged(tensors, adapter)
 
     def _idle_spare(self, timeout_s: float) -> Lane:
         """The lane that is not current, once its sequences are done. Built at the first call."""

@@ -194,6 +194,7 @@ def load_engine(settings: Settings) -> tuple[Engine, Codec]:
     Raises:
         ModelError: the folder cannot be used.
     """
+    from rlhf.models.base import Base
     from rlhf.models.causal import load_causal_lm, weights_sha256
     from rlhf.models.compute import set_threads
     from rlhf.models.folders import start_model
@@ -214,5 +215,5 @@ def load_engine(settings: Settings) -> tuple[Engine, Codec]:
         policy.max_waiting_sequences,
         settings.run.deterministic,
     )
-    engine = ContinuousEngine(model, tokenizer, version, limits)
+    engine = ContinuousEngine(model, tokenizer, version, limits, Base(folder, version.sha256))
     return engine, TokenizerCodec(tokenizer, engine.tokenizer_sha256)

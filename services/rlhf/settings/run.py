@@ -9,7 +9,15 @@ from pydantic import model_validator
 from rlhf.data.settings import DataSettings, WorldSettings
 from rlhf.evaluate.settings import EvaluateSettings
 from rlhf.policy.settings import PolicySettings, SampleSettings, SamplingSettings
-from rlhf.ppo.settings import CriticSettings, KlSettings, MonitorSettings, PpoSettings, ReplaySettings, ShapingSettings
+from rlhf.ppo.settings import (
+    CriticSettings,
+    KlSettings,
+    LoraSettings,
+    MonitorSettings,
+    PpoSettings,
+    ReplaySettings,
+    ShapingSettings,
+)
 from rlhf.preference.settings import RankSettings, RewardModelSettings
 from rlhf.queues.settings import RedisSettings
 from rlhf.reference.settings import ReferenceSettings
@@ -54,6 +62,8 @@ class Settings(Section):
     """Rollout worker."""
     ppo: PpoSettings = PpoSettings()
     """Step 3: the trainer."""
+    lora: LoraSettings = LoraSettings()
+    """Step 3: an adapter in place of the whole policy."""
     critic: CriticSettings = CriticSettings()
     """Step 3: the value function."""
     kl: KlSettings = KlSettings()

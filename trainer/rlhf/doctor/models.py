@@ -167,12 +167,16 @@ def _agreement(name: str, answer: _Answer, folder: Path, weights: Path | None) -
     """By the definition: the whole model over the whole text, log_softmax, and the sampled token's entry."""
     import torch
 
-    from rlhf.models.causal import load_causal_lm
-    from rlhf.models.weights import copy_weights, load_weights
+    from rlhf.models.base import Base
+    from rlhf.models.causal import load_causal_lm, weights_sha256
+    from rlhf.models.weights import copy_weights, load_weights, read_manifest
 
     model = load_causal_lm(folder)
     if weights is not None:
-        copy_weights(model, load_weights(weights, answer.version))
+        tensors, adapter = load_weights(weights, answer.version), read_manifest(weights).adapter
+        if adapter is not None:
+            tensors = Base(folder, weights_sha256(folder)).merged(tensors, adapter)
+        copy_weights(model, tensors)
     token_ids = torch.from_numpy(np.concatenate([answer.prompt_ids, answer.token_ids]).astype(np.int64))
     sampled = token_ids[-len(answer.token_ids) :, None]
     with torch.inference_mode():

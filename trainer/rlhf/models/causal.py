@@ -23,8 +23,10 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.errors import ModelError, SettingsError
+from rlhf.models.adapters import merged, save_adapter
 from rlhf.models.folders import replacing_folder, sha256_file
 from rlhf.models.pretrained import load_pretrained, weight_files
+from rlhf.models.weights import adapter_of
 
 if TYPE_CHECKING:
     from rlhf.sft.settings import PretrainSettings
@@ -42,13 +44,18 @@ def load_causal_lm(folder: str | Path, *, device: str = "cpu", dtype: str = "flo
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """An ordinary `from_pretrained` folder, complete or not at all.
+    """An ordinary `from_pretrained` folder, complete or not at all. Of a model with an adapter the two merged, and
+    beside them, in `adapter`, the adapter in peft's format.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written; the old folder stays.
     """
     with replacing_folder(Path(folder)) as temporary:
-        model.save_pretrained(temporary)
+        if adapter_of(model) is None:
+            model.save_pretrained(temporary)
+        else:
+            merged(model).save_pretrained(temporary)
+            save_adapter(model, temporary / "adapter")
         tokenizer.save_pretrained(temporary)
 
 

@@ -22,6 +22,16 @@ _METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True)
+class AdapterOf:
+    """What an adapter's tensors mean something with; see `rlhf.models.adapters`."""
+
+    base_sha256: str
+    """Of the weights of the model that it was trained on."""
+    scaling: float
+    """W + scaling · B·A are the weights that it stands for."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     version: WeightVersion
     size_bytes: int
@@ -31,14 +41,29 @@ class Manifest:
     tokenizer_sha256: str
     parent: WeightVersion | None
     """The version these weights were trained from. None: the first of a run."""
+    adapter: AdapterOf | None = None
+    """None: the tensors are a whole model's."""
+
+
+def adapter_of(model: nn.Module) -> AdapterOf | None:
+    """None: the model has no adapter."""
+    adapter: AdapterOf | None = getattr(model, "rlhf_adapter", None)
+    return adapter
+
+
+def mark_adapter(model: nn.Module, adapter: AdapterOf | None) -> None:
+    """On the model itself, so that its copies have it too."""
+    model.rlhf_adapter = adapter  # type: ignore[assignment]
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name, not copied; of tied ones only the first."""
+    """Parameters and saved buffers by name, not copied; of tied ones only the first. Of a model with an adapter the
+    adapter's alone: nothing else of it changes."""
     seen: set[int] = set()
     weights = {}
+    adapter = adapter_of(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+        if id(tensor) not in seen and (adapter is None or ".lora_" in name):
             seen.add(id(tensor))
             weights[name] = tensor.detach()
     return weights
@@ -84,7 +109,8 @@ def write_weights(
         save_file(tensors, file, metadata=_METADATA)
         version = WeightVersion(run_id, epoch, step, sha256_file(file))
         shapes = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()}
-        manifest = Manifest(version, file.stat().st_size, shapes, tokenizer_sha256, parent)
+        size_bytes = file.stat().st_size
+        manifest = Manifest(version, size_bytes, shapes, tokenizer_sha256, parent, adapter_of(model))
         write_json(temporary / MANIFEST_FILE, asdict(manifest))
     return version
 
@@ -108,6 +134,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             tensors={name: (str(dtype), tuple(shape)) for name, (dtype, shape) in content["tensors"].items()},
             tokenizer_sha256=str(content["tokenizer_sha256"]),
             parent=None if content["parent"] is None else WeightVersion(**content["parent"]),
+            adapter=None if content.get("adapter") is None else AdapterOf(**content["adapter"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{path} is no manifest of weights: {error!r}") from error

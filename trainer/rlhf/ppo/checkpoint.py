@@ -6,12 +6,14 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf.errors import ModelError
 from rlhf.models.folders import read_json
 from rlhf.models.training_state import (
     STATE_FILE,
@@ -20,7 +22,7 @@ from rlhf.models.training_state import (
     optimizer_state,
     save_training_state,
 )
-from rlhf.models.weights import copy_weights, named_weights
+from rlhf.models.weights import adapter_of, copy_weights, named_weights
 from rlhf.ppo.ledger import Ledger
 from rlhf.ppo.step import PpoStep
 
@@ -74,15 +76,21 @@ def capture(step: PpoStep) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name, optimizer in step.learner.optimizers.items():
         state_tensors, optimizers[name] = optimizer_state(optimizer, list(_parameter_names(name, optimizer)))
         tensors |= state_tensors
-    return tensors, {"kl_coef": step.kl.coef, "optimizers": optimizers}
+    adapter = adapter_of(step.learner.policy)
+    return tensors, {
+        "kl_coef": step.kl.coef,
+        "optimizers": optimizers,
+        "adapter": None if adapter is None else asdict(adapter),
+    }
 
 
 def restore(step: PpoStep, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """The inverse of `capture`. The tensors become its optimisers' own.
 
     Raises:
-        ModelError: the state is of a model of another shape.
+        ModelError: the state is of a model of another shape, or of an adapter for another.
     """
+    _check_adapter(step, state.get("adapter"))
     for name, module in step.learner.modules().items():
         prefix = f"{name}/"
         copy_weights(module, {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
@@ -91,6 +99,22 @@ def restore(step: PpoStep, tensors: Mapping[str, Tensor], state: Mapping[str, An
         load_optimizer_state(optimizer, names, tensors, state["optimizers"][name])
     step.generator.set_state(tensors[GENERATOR])
     step.kl.coef = state["kl_coef"]
+
+
+def _check_adapter(step: PpoStep, saved: Mapping[str, Any] | None) -> None:
+    adapter = adapter_of(step.learner.policy)
+    own = None if adapter is None else asdict(adapter)
+    if own != saved:
+        raise ModelError(
+            f"the saved state is of {_told(saved)}, and the settings ask for {_told(own)}; go on with the settings and "
+            "the model that the run began with, or begin another run"
+        )
+
+
+def _told(adapter: Mapping[str, Any] | None) -> str:
+    if adapter is None:
+        return "a whole policy (lora.rank = 0)"
+    return f"an adapter on the model {adapter['base_sha256'][:12]} that counts {adapter['scaling']:g} times"
 
 
 def read_ledger(path: Path) -> dict[str, Any]:

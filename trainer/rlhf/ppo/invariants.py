@@ -89,6 +89,8 @@ class Rules:
     """Old log-probs are the trainer's own: the first ratio is exactly 1."""
     policy_learns_from: int = 1
     """The first step in which the policy changes; before it only the critic learns."""
+    drops_out: bool = False
+    """Updates compute with dropout, which no first ratio is 1 under."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,8 @@ def _start_kl(step: Step) -> str | None:
 
 def _first_ratio(step: Step) -> str | None:
     error = step.of("first_ratio_error")
+    if step.rules.drops_out:
+        return None
     if step.rules.recomputes:
         bound, why = 0.0, "with recomputed old log-probs it is exactly 0"
     elif step.of("staleness_mean") > 0:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.errors import StageFailed
+from rlhf.models.adapters import dropping_out
 from rlhf.models.causal import checkpoint_activations
 from rlhf.models.compute import torch_dtype
 from rlhf.models.output_layer import hidden_states, output_layer
@@ -134,16 +135,20 @@ class Learner:
     def improve(self, experience: Experience, minibatch: list[MicroBatch], targets: Targets) -> UpdateFigures:
         """One optimiser step of policy and critic."""
         tokens = sum(int(experience.response_mask[micro.indices].sum()) for micro in minibatch)
+        dropping_out(self.policy, True)
         parts = [self._accumulate(experience, micro, targets, tokens) for micro in minibatch]
+        dropping_out(self.policy, False)
         norms = {name: self._clip_and_step(name, optimizer) for name, optimizer in self.optimizers.items()}
         critic_norm = norms.get("critic", norms["policy"]) if self.settings.needs_critic else None
         return replace(_total(parts), policy_grad_norm=norms["policy"], critic_grad_norm=critic_norm)
 
     def begin_step(self, trained_steps: int) -> None:
-        """What depends on how many steps were made: learning rates, and whether the critic still learns alone."""
+        """What depends on how many steps were made: learning rates, whether the critic still learns alone, chance."""
         linear = self.settings.lr_schedule == "linear"
         self.set_learning_rates(1.0 - trained_steps / self.settings.steps if linear else 1.0)
         self.policy_learns = trained_steps >= self.critic_settings.warmup_steps
+        # An adapter's dropout draws from torch's own generator; a step made again is to draw the same.
+        torch.manual_seed(self.settings.seed + trained_steps)
 
     def set_learning_rates(self, factor: float) -> None:
         """Scale both learning rates, for a schedule."""

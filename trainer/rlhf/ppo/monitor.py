@@ -138,4 +138,5 @@ def rules_of(settings: Settings, learner: Learner) -> Rules:
         vocab_size=len(learner.output_layer.weight),
         recomputes=settings.ppo.old_logprobs == "recompute",
         policy_learns_from=settings.critic.warmup_steps + 1,
+        drops_out=settings.lora.rank > 0 and settings.lora.dropout > 0,
     )

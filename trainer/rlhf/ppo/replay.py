@@ -29,6 +29,7 @@ from rlhf.ppo.intake import blobs_of
 from rlhf.ppo.reference_layer import load_reference
 from rlhf.ppo.replay_report import compared, differences, ranges, show
 from rlhf.ppo.rescore import rescored
+from rlhf.ppo.settings import LoraSettings
 from rlhf.ppo.setup import build_step
 from rlhf.ppo.step import PpoStep
 from rlhf.settings.loader import with_overrides
@@ -37,7 +38,7 @@ from rlhf.settings.run import Settings
 from rlhf.wire.blobs import read_blob
 from rlhf.wire.records import Rollout
 
-OF_THE_STEP = ("ppo", "critic", "kl", "shaping", "sampling")
+OF_THE_STEP = ("ppo", "lora", "critic", "kl", "shaping", "sampling")
 """Sections that say how a step is made. Others given with --set say where things are."""
 OF_THE_START = frozenset(
     (
@@ -48,6 +49,7 @@ OF_THE_START = frozenset(
         "critic.init_from",
         "critic.model",
         "sampling.max_new_tokens",
+        *(f"lora.{name}" for name in LoraSettings.model_fields),
     )
 )
 """Settings that were used up before the first step, or before the rollouts came."""

@@ -230,6 +230,22 @@ class CriticSettings(Section):
     """Steps at the start in which the critic alone learns: a separate one, or the head on the shared trunk."""
 
 
+class LoraSettings(Section):
+    """Train an adapter on the policy, scaling · B·A beside each of its layers, and leave the model itself as it is."""
+
+    rank: NonNegativeInt = 0
+    """Rows of A and columns of B. 0: no adapter; the whole policy is trained."""
+    alpha: PositiveInt = 16
+    """The adapter counts alpha / rank times."""
+    rslora: bool = False
+    """alpha / √rank instead, so that a larger rank does not learn more slowly (arXiv:2312.03732)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of what A reads, in updates alone. Above 0 the first ratio is not 1."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] | None = None
+    """Layers that get an adapter, by the end of their names; `all-linear`: every linear one but the output layer. None:
+    as peft has it for the architecture, mostly the queries and values of attention."""
+
+
 class ShapingSettings(Section):
     truncate_at: str | None = None
     """A completion is scored up to the first of these, itself included, and counts as ended there; the policy learns
