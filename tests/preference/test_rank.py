@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from rlhf.data.judgments import read_judgments
 from rlhf.data.rows import write_rows
 from rlhf.data.samples import Sampled, SampledCompletion, write_samples
 from rlhf.errors import DataError
+from rlhf.feedback.judgments import read_judgments
 from rlhf.preference.rank import run
 from rlhf.preference.settings import RankSettings
 from rlhf.reward.rules import ScoreItem
@@ -37,9 +37,11 @@ RULES = Path(__file__)
 
 
 def sampled(index: int, texts: Sequence[str]) -> Sampled:
-    completions = tuple(SampledCompletion(text, (1, 2), (-1.0, -1.0), FinishReason.EOS, 0) for text in texts)
+    completions = tuple(
+        SampledCompletion(text, (1, 2), (-1.0, -1.0), FinishReason.EOS, 10 + k) for k, text in enumerate(texts)
+    )
     version = WeightVersion("run", 0, 0, "f" * 64)
-    return Sampled(index, f"prompt {index}", {"row": str(index)}, completions, Sampling(), version)
+    return Sampled(index, f"prompt {index}", {"row": str(index)}, completions, Sampling(0.7), version)
 
 
 def settings(folder: Path, prompts: int = 300, **rank: Any) -> Settings:
@@ -54,12 +56,14 @@ def test_judgments_carry_what_was_ranked(tmp_path: Path) -> None:
     chosen = settings(tmp_path, reliabilities=(1.0,))
     figures = run(chosen)
     judgments = read_judgments(chosen.paths.comparisons)
-    assert [judgment.prompt_index for judgment in judgments] == list(range(300))
+    assert [judgment.task_id for judgment in judgments] == [str(number) for number in range(300)]
     for judgment in judgments:
-        best_first = sorted(range(4), key=lambda k: -float(judgment.completions[k]))
+        best_first = sorted(range(4), key=lambda k: -float(judgment.texts[k]))
         assert [judgment.ranks[k] for k in best_first] == [1, 2, 3, 4]
-        assert judgment.metadata == {"row": str(judgment.prompt_index)}
+        assert judgment.metadata == {"row": judgment.task_id}
         assert judgment.policy_version == "run/0-0/ffffffff"
+        assert judgment.completions[1].sampling["temperature"] == 0.7
+        assert [each.sampling["seed"] for each in judgment.completions] == [10, 11, 12, 13]
     assert figures == {
         "judgments": 300,
         "prompts": 300,
@@ -85,7 +89,7 @@ def test_each_prompt_gets_different_annotators_and_all_get_their_share(tmp_path:
     chosen = settings(tmp_path, judgments_per_prompt=2)
     run(chosen)
     judgments = read_judgments(chosen.paths.comparisons)
-    assert len({(j.prompt_index, j.annotator) for j in judgments}) == len(judgments) == 600
+    assert len({(j.task_id, j.annotator) for j in judgments}) == len(judgments) == 600
     assert len({judgment.judgment_id for judgment in judgments}) == 600
     assert all(150 < count < 250 for count in Counter(j.annotator for j in judgments).values())
 
@@ -149,7 +153,7 @@ def test_held_out_completions_are_ranked_without_noise(tmp_path: Path) -> None:
     assert len(judgments) == 50
     for judgment in judgments:
         assert judgment.annotator == "noise-free"
-        values = [float(text) for text in judgment.completions]
+        values = [float(text) for text in judgment.texts]
         assert judgment.ranks == tuple(1 + sum(other > own for other in values) for own in values)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.data.judgments import Judgment, write_judgments
 from rlhf.errors import DataError
+from rlhf.feedback.judgments import CompletionShown, Judgment, write_judgments
 from rlhf.models.padding import pad
 from rlhf.models.reward import RewardModel, ended
 from rlhf.models.tokenizer import load_tokenizer
@@ -25,6 +26,10 @@ from support.tiny import tiny_lm_folder, tiny_tokenizer
 GOOD, BAD, FILLER = "good", "dull", ("slow", "long", "fine")
 
 
+def shown(texts: Sequence[str]) -> tuple[CompletionShown, ...]:
+    return tuple(CompletionShown(text, policy_version="v") for text in texts)
+
+
 def judgment(number: int, rng: random.Random, completions: tuple[str, ...] = ()) -> Judgment:
     """The more "good" and the less "dull", the better; ties where it is equal. Length says nothing."""
     words = [rng.choices((GOOD, BAD, *FILLER), k=rng.randint(2, 5)) for _ in range(4)]
@@ -32,14 +37,12 @@ def judgment(number: int, rng: random.Random, completions: tuple[str, ...] = ())
     ranks = tuple(1 + sum(other > own for other in taste) for own in taste)
     return Judgment(
         judgment_id=f"j{number}",
-        prompt_index=number,
+        task_id=str(number),
         prompt=f"Film {number // 2}:",
-        metadata={},
-        completions=completions or tuple(" " + " ".join(w) for w in words),
+        completions=shown(completions or [" " + " ".join(w) for w in words]),
         ranks=ranks,
         annotator="a",
-        order_shown=(0, 1, 2, 3),
-        policy_version="v",
+        source="simulated",
     )
 
 
@@ -161,7 +164,7 @@ def test_completions_that_several_annotators_ranked_are_scored_once() -> None:
 
 def test_completion_that_is_too_long_is_named() -> None:
     rows = judgments(3)
-    rows[1] = replace(rows[1], completions=(*rows[1].completions[:3], " so slow" * 30))
+    rows[1] = replace(rows[1], completions=shown([*rows[1].texts[:3], " so slow" * 30]))
     with pytest.raises(DataError, match=r"c\.jsonl:2: prompt and completion of judgment j1 have \d+ tokens, but 60"):
         encode(rows, tiny_tokenizer(), 60, Path("c.jsonl"))
 
@@ -170,7 +173,9 @@ def test_completion_that_fills_the_context_goes_without_an_end_token(tmp_path: P
     rows = judgments(8)
     word = tiny_tokenizer()(" x").input_ids
     room = 64 - len(tiny_tokenizer()(rows[1].prompt).input_ids)
-    rows[1] = replace(rows[1], completions=(" x" * (room // len(word)) + "x" * (room % len(word)), " a", " b", " c"))
+    rows[1] = replace(
+        rows[1], completions=shown([" x" * (room // len(word)) + "x" * (room % len(word)), " a", " b", " c"])
+    )
     full, short = encode(rows, tiny_tokenizer(), 64, Path("c.jsonl"), context_tokens=64)[1].token_ids[:2]
     assert len(full) == 64
     assert [ids.count(tiny_tokenizer().eos_token_id) for ids in (full, short)] == [0, 1]
@@ -180,7 +185,7 @@ def test_completion_that_fills_the_context_goes_without_an_end_token(tmp_path: P
 
 
 def test_empty_completion_is_scored_at_its_end_token() -> None:
-    row = replace(judgments(1)[0], completions=("", " good", " dull", " fine"))
+    row = replace(judgments(1)[0], completions=shown(["", " good", " dull", " fine"]))
     ids = encode([row], tiny_tokenizer(), 60, Path("c.jsonl"))[0].token_ids[0]
     assert ids == [*tiny_tokenizer()("Film 0:").input_ids, tiny_tokenizer().eos_token_id]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.judgments import Judgment
 from rlhf.errors import DataError
+from rlhf.feedback.judgments import Judgment
 from rlhf.models.padding import pad
 from rlhf.models.reward import ended
 from rlhf.preference.loss import Pairs, all_pairs
@@ -73,14 +73,14 @@ def encode(
     Raises:
         DataError: a completion is too long with its prompt; names file and row.
     """
-    texts = {text for judgment in judgments for text in judgment.completions if text}
+    texts = {text for judgment in judgments for text in judgment.texts if text}
     prompts = {judgment.prompt for judgment in judgments}
     completion_ids = _encode_distinct(tokenizer, texts, special_tokens=False) | {"": []}
     prompt_ids = _encode_distinct(tokenizer, prompts, special_tokens=True)
     encoded = []
     for number, judgment in enumerate(judgments, start=1):
         start = prompt_ids[judgment.prompt]
-        whole = [start + completion_ids[text] for text in judgment.completions]
+        whole = [start + completion_ids[text] for text in judgment.texts]
         sequences = tuple(ended(ids, tokenizer.eos_token_id, context_tokens) for ids in whole)
         longest = max(map(len, sequences))
         if longest > max_length:
@@ -90,7 +90,7 @@ def encode(
                 path=source,
                 line=number,
             )
-        encoded.append(Comparison(judgment.prompt, judgment.completions, sequences, judgment.ranks))
+        encoded.append(Comparison(judgment.prompt, judgment.texts, sequences, judgment.ranks))
     return encoded
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlhf.data.judgments import Judgment, write_judgments
 from rlhf.data.samples import Sampled, read_samples
 from rlhf.errors import DataError
+from rlhf.feedback.judgments import CompletionShown, Judgment, write_judgments
 from rlhf.preference.annotators import Annotator, Utilities, noise_scale_for, pair_differences, ranks_of
 from rlhf.preference.settings import RankSettings
 from rlhf.preference.utility import Utility, load_utility
@@ -108,13 +109,13 @@ def figures(
     `agreement` is the share of the pairs that two annotators of a prompt both ordered and ordered alike; None where no
     prompt has two. `reliability` is the share of an annotator's ordered pairs that it ordered as the utility does.
     """
-    utilities_at = {sampled.prompt_index: true for sampled, true in zip(samples, utilities, strict=True)}
+    utilities_at = {str(sampled.prompt_index): true for sampled, true in zip(samples, utilities, strict=True)}
     orders = [_orders(np.negative(judgment.ranks)) for judgment in judgments]
     right: dict[str, list[bool]] = defaultdict(list)
-    of_prompt: dict[int, list[dict[tuple[int, int], bool]]] = defaultdict(list)
+    of_prompt: dict[str, list[dict[tuple[int, int], bool]]] = defaultdict(list)
     for judgment, order in zip(judgments, orders, strict=True):
-        right[judgment.annotator] += _alike(order, _orders(utilities_at[judgment.prompt_index]))
-        of_prompt[judgment.prompt_index].append(order)
+        right[judgment.annotator] += _alike(order, _orders(utilities_at[judgment.task_id]))
+        of_prompt[judgment.task_id].append(order)
     both = [same for seen in of_prompt.values() for a, b in combinations(seen, 2) for same in _alike(a, b)]
     pairs = sum(len(judgment.ranks) * (len(judgment.ranks) - 1) // 2 for judgment in judgments)
     return {
@@ -134,14 +135,26 @@ def _judge(
     perceived = annotator.perceive(utilities, texts, rng)
     return Judgment(
         judgment_id=f"{sampled.prompt_index}/{annotator.name}",
-        prompt_index=sampled.prompt_index,
+        task_id=str(sampled.prompt_index),
         prompt=sampled.prompt,
         metadata=sampled.metadata,
-        completions=texts,
+        completions=_shown(sampled),
         ranks=ranks_of(perceived, tie_margin),
-        annotator=annotator.name,
         order_shown=tuple(rng.permutation(len(texts)).tolist()),
-        policy_version=str(sampled.version),
+        annotator=annotator.name,
+        source="simulated",
+    )
+
+
+def _shown(sampled: Sampled) -> tuple[CompletionShown, ...]:
+    """[K], each with the sampling settings that make it again, its own seed among them."""
+    drawn = asdict(sampled.sampling)
+    del drawn["completions"]
+    return tuple(
+        CompletionShown(
+            each.text, f"{sampled.prompt_index}/{number}", str(sampled.version), drawn | {"seed": each.seed}
+        )
+        for number, each in enumerate(sampled.completions)
     )
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.judgments import read_judgments
 from rlhf.errors import DataError
+from rlhf.feedback.judgments import read_judgments
 from rlhf.models.causal import disable_dropout
 from rlhf.models.compute import set_threads
 from rlhf.models.folders import sha256_file, start_model
