@@ -91,6 +91,17 @@ def fused_linear_ppo_loss(
             raise ValueError(f"{name}: shape {tuple(labels.shape)} expected, {tuple(tensor.shape)} received")
     _check_terms(terms, ref_logprobs, reference)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in policy]
+    if not any(needs):
+        # Without a gradient slices of the vocabulary compute nothing twice either, and take less memory.
+        tokens = linear.fused_linear_logprobs(
+            hidden_states, lm_head_weight, labels, ref_hidden_states=ref_hidden_states,
+            ref_lm_head_weight=ref_lm_head_weight, lm_head_bias=lm_head_bias, ref_lm_head_bias=ref_lm_head_bias,
+            temperature=temperature, ignore_index=ignore_index, valid_vocab_size=valid_vocab_size,
+            logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, process_group=process_group,
+        )  # fmt: skip
+        tokens = _with_given(tokens, ref_logprobs, labels == ignore_index)
+        loss, clipped_mask = ppo_loss(tokens, old_logprobs.float(), advantages.float(), labels != ignore_index, terms)
+        return PpoLossOutput(loss, tokens, clipped_mask)
     found = _loss(
         *linear.flattened(policy), labels.reshape(-1).contiguous(), *linear.flattened(reference or (None, None, None)),
         old_logprobs.detach().reshape(-1).float(), advantages.detach().reshape(-1).float(),
@@ -102,10 +113,15 @@ def fused_linear_ppo_loss(
     )  # fmt: skip
     logprobs, ref, kl, entropy, logsumexp, ref_logsumexp = found[5:]
     outputs = rows.RowOutputs(logprobs, ref, kl, entropy, logsumexp, ref_logsumexp, norms=found[0])
-    tokens = linear.shaped(outputs, labels.shape)
-    if ref_logprobs is not None and reference is None:
-        tokens = tokens._replace(ref_logprobs=torch.where(labels == ignore_index, 0.0, ref_logprobs.float()))
+    tokens = _with_given(linear.shaped(outputs, labels.shape), ref_logprobs, labels == ignore_index)
     return PpoLossOutput(found[0], tokens, found[4].view(labels.shape))
+
+
+def _with_given(tokens: LogprobOutput, ref_logprobs: Tensor | None, ignored_mask: Tensor) -> LogprobOutput:
+    """The reference's log-probs are the caller's, where its hidden states did not give them."""
+    if ref_logprobs is None or tokens.ref_logprobs is not None:
+        return tokens
+    return tokens._replace(ref_logprobs=torch.where(ignored_mask, 0.0, ref_logprobs.float()))
 
 
 def _check_terms(terms: PpoTerms, ref_logprobs: Tensor | None, reference: object) -> None:
