@@ -15,7 +15,7 @@ from rlhf.supervisor.embedded_redis import EmbeddedRedis
 # The same examples in every run, and no limit on one example's time: machines are shared.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("tests")
-pytest.register_assert_rewrite("support.queue_semantics")
+pytest.register_assert_rewrite("support.queue_semantics", "support.annotation_semantics")
 
 
 @pytest.fixture(scope="session")

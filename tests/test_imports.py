@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "policy": SERVICE,
     "reward": SERVICE - {"data"},
     "reference": SERVICE - {"data"},
+    "annotate": {*LOW, "data", "feedback"},
     "observe": {*LOW, "cli", "models", "queues", "supervisor", "wire"},
     "supervisor": {*LOW, "cli", "models", "observe", "queues", "serving"},
     "cli": {*LOW, "models", "observe"},

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from pydantic import model_validator
 
+from rlhf.annotate.settings import AnnotateSettings
 from rlhf.data.settings import DataSettings, WorldSettings
 from rlhf.evaluate.settings import EvaluateSettings
 from rlhf.policy.settings import PolicySettings, SampleSettings, SamplingSettings
@@ -50,6 +51,8 @@ class Settings(Section):
     """Step 2: completions to rank."""
     rank: RankSettings = RankSettings()
     """Step 2: simulated annotators."""
+    annotate: AnnotateSettings = AnnotateSettings()
+    """Step 2: the annotation page."""
     reward_model: RewardModelSettings = RewardModelSettings()
     """Step 2: the reward model."""
     policy: PolicySettings = PolicySettings()
