@@ -13,11 +13,13 @@ import torch
 from rlhf.doctor import models
 from rlhf.doctor.findings import Finding
 from rlhf.doctor.models import check_logprobs, check_reward, check_tokens
-from rlhf.models.causal import load_causal_lm
+from rlhf.models.adapters import add_adapter
+from rlhf.models.causal import load_causal_lm, weights_sha256
 from rlhf.models.reward import RewardModel
-from rlhf.models.weights import write_weights
+from rlhf.models.weights import named_weights, write_weights
 from rlhf.policy.sampler import Sampler
 from rlhf.policy.server import POLICY, SERVICES, load_engine, serving
+from rlhf.ppo.settings import LoraSettings
 from rlhf.queues.registry import Current
 from rlhf.reward.server import SERVICE as REWARD
 from rlhf.reward.server import starting
@@ -123,6 +125,27 @@ def test_weights_of_a_run_are_compared_with_what_the_trainer_wrote(settings: Set
     finding = logprobs_finding(settings, claim, current)
     assert not finding.ok
     assert str(version) in finding.what
+
+
+def test_an_adapter_is_compared_as_the_policy_it_makes(settings: Settings, tmp_path: Path) -> None:
+    trained = load_causal_lm(settings.paths.pretrained)
+    add_adapter(trained, LoraSettings(rank=2), weights_sha256(settings.paths.pretrained), 0)
+    with torch.no_grad():
+        for tensor in named_weights(trained).values():
+            tensor.add_(0.3)
+    folder = tmp_path / "0-1"
+    version = write_weights(folder, trained, run_id="r", epoch=0, step=1, tokenizer_sha256=_tokenizer_sha256())
+    current = Current(version, folder.as_uri())
+
+    def follow(engine: Any) -> None:
+        engine.prepare(folder, version, 5.0)
+        engine.commit(version, None, keep=False)
+
+    def claim(engine: Any) -> None:
+        engine._current.version = version
+
+    assert logprobs_finding(settings, follow, current).ok
+    assert not logprobs_finding(settings, claim, current).ok
 
 
 def test_what_cannot_be_compared_is_said(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,13 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import torch
 from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from rlhf import errors
+from rlhf.models.adapters import add_adapter, merged
+from rlhf.models.causal import load_causal_lm, weights_sha256
 from rlhf.models.tokenizer import tokenizer_sha256
 from rlhf.models.weights import WEIGHTS_FILE, named_weights, write_weights
 from rlhf.policy import requests
@@ -28,6 +31,7 @@ from rlhf.policy.continuous import ContinuousEngine
 from rlhf.policy.engine import Versions
 from rlhf.policy.server import POLICY, SERVICES, WEIGHTS, load_engine, serving, starting
 from rlhf.policy.settings import PolicySettings
+from rlhf.ppo.settings import LoraSettings
 from rlhf.serving.client import call, connect, connect_sync, stream
 from rlhf.serving.server import Server, run_server, running
 from rlhf.settings.run import Settings
@@ -83,9 +87,9 @@ class Service:
         message = weights_pb2.PrepareRequest(version=to_version(version), uri=place.as_uri())
         return await call(self.weights.Prepare, message, timeout_s=timeout_s)
 
-    async def upload(self, version: WeightVersion, data: bytes) -> Any:
+    async def upload(self, version: WeightVersion, data: bytes, adapter: weights_pb2.Adapter | None = None) -> Any:
         async def chunks() -> AsyncIterator[weights_pb2.UploadChunk]:
-            yield weights_pb2.UploadChunk(version=to_version(version), data=data[:1000])
+            yield weights_pb2.UploadChunk(version=to_version(version), data=data[:1000], adapter=adapter)
             for start in range(1000, len(data), 4096):
                 yield weights_pb2.UploadChunk(data=data[start : start + 4096])
 
@@ -428,6 +432,27 @@ async def test_weights_can_be_uploaded(folder: Path, tmp_path: Path) -> None:
         await call(it.weights.Prepare, empty_uri, timeout_s=5)
         await it.commit(new)
         assert (await it.completions(request([5])))[0].versions[0].version == new
+
+
+@in_loop
+async def test_an_adapter_can_be_uploaded_with_what_it_is_for(folder: Path, tmp_path: Path) -> None:
+    model = load_causal_lm(folder)
+    add_adapter(model, LoraSettings(rank=4), weights_sha256(folder), 0)
+    with torch.no_grad():
+        for tensor in named_weights(model).values():
+            tensor.add_(0.5)
+    new = write_weights(tmp_path / "0-1", model, run_id="r", epoch=0, step=1, tokenizer_sha256=OWN)
+    data = (tmp_path / "0-1" / WEIGHTS_FILE).read_bytes()
+    async with service(folder) as it:
+        with pytest.raises(errors.ModelError, match="do not fit"):
+            await it.upload(new, data)
+        with pytest.raises(errors.ModelError, match="the adapter is for the model with sha256 abc"):
+            await it.upload(new, data, weights_pb2.Adapter(base_sha256="abc", scaling=4))
+        await it.upload(new, data, weights_pb2.Adapter(base_sha256=weights_sha256(folder), scaling=4))
+        await it.commit(new)
+        assert (await it.completions(request([5])))[0].versions[0].version == new
+        held, ordinary = named_weights(it.engine._current.model), named_weights(merged(model))
+        assert all(held[name].equal(ordinary[name]) for name in held)
 
 
 @in_loop

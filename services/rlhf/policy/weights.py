@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from rlhf.errors import ModelError, RequestError
 from rlhf.models.folders import storage_errors, write_json
-from rlhf.models.weights import MANIFEST_FILE, WEIGHTS_FILE, Manifest
+from rlhf.models.weights import MANIFEST_FILE, WEIGHTS_FILE, AdapterOf, Manifest
 from rlhf.policy.engine import Engine, Versions
 from rlhf.policy.engine_thread import EngineThread
 from rlhf.v1 import weights_pb2, weights_pb2_grpc
@@ -149,17 +149,19 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
             RequestError: nothing came, or more than the bound.
         """
         version: WeightVersion | None = None
+        adapter: AdapterOf | None = None
         file, size_bytes = folder / WEIGHTS_FILE, 0
         with storage_errors(folder), file.open("wb") as out:
             async for chunk in chunks:
                 if version is None:
-                    version = _required(chunk, "version")
+                    version, adapter = _required(chunk, "version"), _adapter(chunk)
                 size_bytes += len(chunk.data)
                 self._check_size(size_bytes)
                 await asyncio.to_thread(out.write, chunk.data)
         if version is None or size_bytes == 0:
             raise RequestError("upload: a version and the bytes of model.safetensors expected, nothing received")
-        write_json(folder / MANIFEST_FILE, asdict(Manifest(version, size_bytes, {}, self._tokenizer_sha256, None)))
+        manifest = Manifest(version, size_bytes, {}, self._tokenizer_sha256, None, adapter)
+        write_json(folder / MANIFEST_FILE, asdict(manifest))
         return version
 
     def _check_size(self, size_bytes: int) -> None:
@@ -186,6 +188,10 @@ def _required(request: Any, field: str) -> WeightVersion:
     if not request.HasField(field) or not getattr(request, field).sha256:
         raise RequestError(f"{field}: required, with its sha256")
     return from_version(getattr(request, field))
+
+
+def _adapter(chunk: weights_pb2.UploadChunk) -> AdapterOf | None:
+    return AdapterOf(chunk.adapter.base_sha256, chunk.adapter.scaling) if chunk.HasField("adapter") else None
 
 
 def _expected(request: weights_pb2.CommitRequest | weights_pb2.RollbackRequest) -> WeightVersion | None:
