@@ -6,7 +6,8 @@
   The same longest time at a Commit of what is current already, which changes nothing, stands beside it, and the extra
   gap is the difference.
 - publish: the trainer's own publisher, to two replicas of a run, from the end of an optimiser step until both have
-  answered Commit: file, Prepare, pointer in Redis, Commit. Idle replicas, and ones that are busy with 64 calls.
+  answered Commit: file, Prepare, pointer in Redis, Commit. Idle replicas, and ones that are busy with 64 calls. The
+  whole policy; and an adapter on every linear layer, which the replicas merge with the model they started on.
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from harness.bench import Figure, Measured, Options, interleaved, main, percentile, say, scratch
 from harness.load import SERVICE, TIMEOUT_S, closed_loop, message
 from harness.model import Ask, asks, make_model
 from harness.servers import Served, policy_service
-from rlhf.models.causal import load_causal_lm
+from rlhf.models.adapters import add_adapter
+from rlhf.models.causal import load_causal_lm, weights_sha256
 from rlhf.models.tokenizer import load_tokenizer, tokenizer_sha256
-from rlhf.models.weights import write_weights
+from rlhf.models.weights import read_manifest, write_weights
 from rlhf.ppo.publish import Publisher
-from rlhf.ppo.settings import PpoSettings
+from rlhf.ppo.settings import LoraSettings, PpoSettings
 from rlhf.queues.connection import open_client
 from rlhf.queues.keys import RunKeys
 from rlhf.queues.registry import Registry
@@ -45,6 +48,7 @@ from rlhf.wire.records import WeightVersion
 THREADS = 1
 STREAMS = 16
 RUN = "bench"
+LORA = LoraSettings(rank=8, target_modules="all-linear")
 IN_FLIGHT = {
     "none": weights_pb2.IN_FLIGHT_WAIT,
     "wait": weights_pb2.IN_FLIGHT_WAIT,
@@ -68,6 +72,7 @@ def measure(options: Options) -> Measured:
         "streams": STREAMS,
         "rounds": rounds,
         "replicas": 2,
+        "adapter's rank": LORA.rank,
         "dtype": "float32",
         "seed": 0,
     }
@@ -185,13 +190,14 @@ def _typical(intervals: Sequence[tuple[float, float]], begin: float, end: float)
 
 
 def _publish(options: Options, folder: Path) -> list[Figure]:
-    model = load_causal_lm(folder / "model")
+    model, adapted = load_causal_lm(folder / "model"), load_causal_lm(folder / "model")
+    add_adapter(adapted, LORA, weights_sha256(folder / "model"), seed=0)
     with _run_of_two(folder) as (replicas, publisher):
         steps = iter(range(1, 10**6))
 
-        def publish() -> float:
+        def publish(policy: PreTrainedModel = model) -> float:
             began_s = time.perf_counter()
-            version = publisher.publish(model, RUN, 0, next(steps))
+            version = publisher.publish(policy, RUN, 0, next(steps))
             seconds = time.perf_counter() - began_s
             for replica in replicas:
                 assert _current(replica) == version
@@ -202,14 +208,24 @@ def _publish(options: Options, folder: Path) -> list[Figure]:
             write_weights(folder / "alone", model, run_id=RUN, epoch=0, step=0, tokenizer_sha256="")
             return time.perf_counter() - began_s
 
-        publish()
-        idle = interleaved({"write alone": write, "publish, idle": publish}, options.size(10, 2))
+        def publish_adapter() -> float:
+            return publish(adapted)
+
+        # The first time replicas build their second model, and read the base again.
+        publish(), publish_adapter()
+        sizes = [read_manifest(path).size_bytes for path in sorted((folder / "weights").iterdir())]
+        ways = {"publish, idle": publish, "adapter, idle": publish_adapter}
+        idle = interleaved({"write alone": write, **ways}, options.size(10, 2))
         with _busy(replicas, folder, options):
-            busy = interleaved({"publish, busy": publish}, options.size(10, 2))
+            busy = interleaved({"publish, busy": publish, "adapter, busy": publish_adapter}, options.size(10, 2))
     return [
         Figure("new weights on 2 replicas, idle", "s", idle["publish, idle"], headline=True),
         Figure("new weights on 2 replicas, 64 calls in flight", "s", busy["publish, busy"], headline=True),
         Figure("of which: writing the file", "s", idle["write alone"]),
+        Figure("bytes of them", "MiB", [sizes[0] / 2**20]),
+        Figure("a new adapter on 2 replicas, idle", "s", idle["adapter, idle"], headline=True),
+        Figure("a new adapter on 2 replicas, 64 calls in flight", "s", busy["adapter, busy"]),
+        Figure("bytes of an adapter", "MiB", [sizes[1] / 2**20], headline=True),
     ]
 
 
