@@ -102,6 +102,26 @@ def test_k3_and_its_gradient_keep_their_digits(d):
     torch.testing.assert_close(x.grad.double(), -torch.expm1(-exact), rtol=2e-5, atol=0)
 
 
+def test_k3_goes_on_as_a_straight_line_where_it_would_overflow():
+    x = torch.tensor([-80.0, -81.0, -90.0], requires_grad=True, dtype=torch.float64)
+    estimate = kl_penalty(x, torch.zeros(3, dtype=torch.float64), "k3")
+    estimate.sum().backward()
+    slope = 1.0 - math.exp(80)
+    torch.testing.assert_close(estimate, math.exp(80) + slope * (x + 80).detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(x.grad[1:], torch.full((2,), slope, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_the_definition_of_kl_does_not_drown_in_rounding():
+    """Errors of log Σ exp are common to a row, and would be as large as this KL."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(8, 32000, generator=generator) + 1000
+    ref_logits = logits + 1e-3 * torch.randn(8, 32000, generator=generator)
+    labels = torch.zeros(8, dtype=torch.int64)
+    found = definitions.logprobs_kl_from_logits(logits, ref_logits, labels).kl
+    truth = definitions.logprobs_kl_from_logits(logits.double(), ref_logits.double(), labels).kl
+    assert ((found - truth) / truth).abs().max() < 0.05
+
+
 def test_wrong_shapes_and_temperatures_are_named():
     with pytest.raises(ValueError, match="labels: shape"):
         logprobs_from_logits(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64))

@@ -161,3 +161,20 @@ def test_terms_that_lack_their_inputs_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             ppo_loss(tokens, *rest, terms)
+
+
+def test_kl_is_punished_and_entropy_rewarded_where_tokens_count():
+    tokens = LogprobOutput(torch.zeros(2), kl=torch.full((2,), 3.0), entropy=torch.full((2,), 2.0))
+    counts_mask = torch.tensor([True, False])
+    terms = PpoTerms(kl_coef=0.5, kl_estimator="exact", entropy_coef=0.1)
+    assert ppo_loss(tokens, torch.zeros(2), torch.zeros(2), counts_mask, terms)[0].item() == pytest.approx(1.5 - 0.2)
+
+
+def test_each_side_has_its_clip():
+    def loss(ratio, advantage):
+        tokens = LogprobOutput(torch.tensor([ratio]).log())
+        terms = PpoTerms(clip_low=0.1, clip_high=0.3)
+        return ppo_loss(tokens, torch.zeros(1), torch.tensor([advantage]), torch.ones(1, dtype=torch.bool), terms)[0]
+
+    assert loss(2.0, 1.0).item() == pytest.approx(-1.3)
+    assert loss(0.5, -1.0).item() == pytest.approx(0.9)
