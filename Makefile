@@ -57,6 +57,10 @@ bench-trl: setup .venv-trl/installed ## samples a second against TRL 1.12.0's PP
 bench: setup ## what it costs, measured: about half an hour; BENCH="generation weights" runs these alone
 	@$(BIN)/python benchmarks/run_all.py $(BENCH)
 
+bench-estimators: setup ## PPO, A2C, RLOO, GRPO and REINFORCE++ on real sentences, about an hour; needs runs/movie-reviews
+	@$(BIN)/python benchmarks/estimators.py
+	@$(BIN)/python benchmarks/table.py
+
 # Needs torch and Triton alone, so PYTHON may be a machine's own; unless it is given, .venv's if there is one.
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
 bench-gpu: ## the kernels against what the GPU can do and against others; PYTHON=python3 needs torch alone; ARGS="--minutes 9"

@@ -60,7 +60,7 @@ def make_models(options: Options) -> None:
         "run.min_judge_gain": "none",
     }
     say("  making the models")
-    command = _rlhf_run(DEMO, *_set(own))
+    command = rlhf_run(DEMO, *_set(own))
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=child_environment(os.environ))
     if done.returncode != 0:
         raise RuntimeError(f"the demo's models could not be made: {done.stdout[-500:]}{done.stderr[-500:]}")
@@ -79,7 +79,7 @@ def run_ppo(settings: Settings, watch: Callable[[dict[str, int]], None]) -> list
     log = paths.folder / "bench.log"
     with log.open("w") as output:
         running = subprocess.Popen(
-            _rlhf_run(config), stdout=output, stderr=subprocess.STDOUT, env=child_environment(os.environ)
+            rlhf_run(config), stdout=output, stderr=subprocess.STDOUT, env=child_environment(os.environ)
         )
         try:
             deadline_s = time.monotonic() + TIMEOUT_S
@@ -102,7 +102,7 @@ def _processes(paths: RunPaths) -> dict[str, int]:
     return {one["name"]: one["pid"] for one in json.loads(paths.processes.read_text()) if one["pid"] is not None}
 
 
-def _rlhf_run(config: Path, *options: str) -> list[str]:
+def rlhf_run(config: Path, *options: str) -> list[str]:
     """A supervisor that ends with this process, however that ends, and its processes with it."""
     command = [sys.executable, "-m", "rlhf.cli.main", "run", str(config), *options]
     return dying_with_parent(command, signal.SIGTERM)
