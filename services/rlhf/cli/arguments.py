@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 
 from pydantic.fields import FieldInfo
 
-from rlhf.cli.verbs import BY_NAME, VERBS, Verb
+from rlhf.cli.verbs import BY_NAME, VERBS, Verb, named_by
 from rlhf.errors import SettingsError
 
 HELP = """\
@@ -50,12 +50,28 @@ def parse(argv: Sequence[str]) -> Arguments:
         SystemExit: after --help (0).
     """
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(HELP.format(verbs="\n".join(f"  {verb.name:<13} {verb.help}" for verb in VERBS)))
+        print(HELP.format(verbs=_listed(VERBS)))
         raise SystemExit(0)
-    verb = BY_NAME.get(argv[0])
-    if verb is None:
+    name = named_by(argv)
+    if not name:
+        return _parse_group(argv)
+    return _parse_verb(BY_NAME[name], argv[len(name.split()) :])
+
+
+def _parse_group(argv: Sequence[str]) -> NoReturn:
+    """`rlhf feedback` and `rlhf feedback --help`, or no verb at all."""
+    group = [verb for verb in VERBS if verb.name.startswith(f"{argv[0]} ")]
+    if not group:
         raise SettingsError(f"{argv[0]}: no such verb{_nearest(argv[0], BY_NAME)}")
-    return _parse_verb(verb, argv[1:])
+    if len(argv) == 1 or argv[1] in ("-h", "--help", "help"):
+        print(f"rlhf {argv[0]} is one of\n\n{_listed(group)}")
+        raise SystemExit(0)
+    name = f"{argv[0]} {argv[1]}"
+    raise SettingsError(f"{name}: no such verb{_nearest(name, [verb.name for verb in group], cutoff=0)}")
+
+
+def _listed(verbs: Sequence[Verb]) -> str:
+    return "\n".join(f"  {verb.name:<17} {verb.help}" for verb in verbs)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -111,6 +127,8 @@ def _parser(verb: Verb) -> _Parser:
 def _add_fields(parser: argparse.ArgumentParser, verb: Verb) -> None:
     group = parser.add_argument_group(f"settings [{verb.section}]")
     for name, info in _fields(verb.section):
+        if verb.options and name not in verb.options:
+            continue
         switch: dict[str, Any] = {"nargs": "?", "const": "true"} if info.annotation is bool else {}
         group.add_argument(
             "--" + name.replace("_", "-"),
@@ -162,7 +180,7 @@ def _metavar(annotation: Any) -> str:
     return next((named[kind] for kind in kinds if kind in named), "VALUE")
 
 
-def _nearest(name: str, candidates: Any) -> str:
+def _nearest(name: str, candidates: Any, cutoff: float = 0.6) -> str:
     from rlhf.settings.loader import nearest
 
-    return nearest(name, candidates)
+    return nearest(name, candidates, cutoff)

@@ -21,7 +21,7 @@ from typing import Any
 
 from rlhf.cli.arguments import Arguments, parse
 from rlhf.cli.records import note_end, note_start
-from rlhf.cli.verbs import BY_NAME, Verb
+from rlhf.cli.verbs import Verb, named_by
 from rlhf.errors import RlhfError
 from rlhf.observe.logs import configure_logging
 from rlhf.settings.loader import load_settings
@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     started_s = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
     log: Path | None = None
-    name = f" {argv[0]}" if argv and argv[0] in BY_NAME else ""
+    verb = named_by(argv)
+    name = f" {verb}" if verb else ""
     try:
         arguments = parse(argv)
         configure_logging(arguments.verb.name)
@@ -61,7 +62,7 @@ def _settings(arguments: Arguments) -> Settings:
     if arguments.verb.name == "demo":
         return _loaded(arguments, [DEMO])
     settings = _loaded(arguments, [])
-    looks = arguments.verb.kind == "look" or arguments.verb.name in ("evaluate", "report")
+    looks = arguments.verb.kind in ("look", "tool") or arguments.verb.name in ("evaluate", "report")
     if looks and settings.paths.settings.exists():
         # Who looks at a run need not say again how it was started.
         return _loaded(arguments, [settings.paths.settings])
@@ -79,7 +80,7 @@ def _loaded(arguments: Arguments, first: Sequence[Path]) -> Settings:
 
 def _run(arguments: Arguments, settings: Settings, started_s: float) -> None:
     """`started_s`: on the monotonic clock; what a stage takes includes its imports."""
-    run = _imported(arguments.verb.module).run
+    run = getattr(_imported(arguments.verb.module), arguments.verb.function)
     if arguments.verb.kind == "run":
         run(settings, fresh=arguments.fresh)
     elif arguments.verb.kind == "stage":

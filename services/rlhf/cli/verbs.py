@@ -5,6 +5,7 @@ Only names and text, so that `rlhf --help` answers at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,9 +17,9 @@ class Verb:
     name: str
     module: str
     """Has `run(settings) -> figures or None`; imported after the arguments are parsed."""
-    kind: Literal["stage", "service", "run", "look"]
+    kind: Literal["stage", "service", "run", "look", "tool"]
     """`stage`: ends with figures, which are kept; `service`: runs until stopped; `run`: starts the others; `look`: only
-    reads."""
+    reads; `tool`: changes what it is told to, and keeps no record."""
     help: str
     section: str = ""
     """The section whose fields are options of this verb."""
@@ -29,10 +30,22 @@ class Verb:
     repeats a stage when one of them has changed."""
     regardless_of: tuple[str, ...] = ()
     """Fields of `section` on which it does not depend: where a service is, where files in passing lie."""
+    function: str = "run"
+    """What `module` has in the place of `run`, where several verbs share it."""
+    options: tuple[str, ...] = ()
+    """Those fields of `section` that are options of this verb; empty: all of them."""
     asks_redis: bool = False
     """It asks the run's Redis, also after the run: an embedded one is started for as long as it takes."""
 
 
+def _feedback(name: str, function: str, kind: Literal["look", "tool"], help: str, *options: str) -> Verb:
+    options = ("snapshot", *options)
+    return Verb(
+        f"feedback {name}", "rlhf.feedback.commands", kind, help, "feedback", function=function, options=options
+    )
+
+
+_KEYS = ("prompt_key", "chosen_key", "rejected_key", "tokenizer")
 VERBS: tuple[Verb, ...] = (
     Verb("demo", "rlhf.supervisor.pipeline", "run", "all three steps in a small synthetic world", "run"),
     Verb("run", "rlhf.supervisor.pipeline", "run", "all stages of CONFIG under a local supervisor", "run"),
@@ -56,6 +69,14 @@ VERBS: tuple[Verb, ...] = (
         ("sampling", "run.model"),
     ),
     Verb("rank", "rlhf.preference.rank", "stage", "step 2: simulated annotators rank completions", "rank"),
+    Verb("annotate", "rlhf.annotate.server", "service", "step 2: a web page where people rank completions", "annotate"),
+    _feedback(
+        *("import", "import_", "tool", "step 2: judgments from other tools' files and data sets"),
+        *("source", "format", "dataset", "on_bad", *_KEYS),
+    ),
+    _feedback("export", "export", "tool", "step 2: judgments to other tools' files", "out", "format", *_KEYS),
+    _feedback("stats", "stats", "look", "step 2: who judged what, and how far they agree"),
+    _feedback("withdraw", "withdraw_", "tool", "step 2: take an annotator's judgments out", "annotator", "retrain"),
     Verb(
         "reward-model",
         "rlhf.preference.train",
@@ -118,3 +139,8 @@ VERBS: tuple[Verb, ...] = (
     ),
 )
 BY_NAME = {verb.name: verb for verb in VERBS}
+
+
+def named_by(argv: Sequence[str]) -> str:
+    """The verb's name at the head of a command line, of one word or two; empty where there is no such verb."""
+    return next((name for words in (2, 1) if (name := " ".join(argv[:words])) in BY_NAME), "")

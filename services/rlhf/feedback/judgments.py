@@ -253,11 +253,12 @@ def _completion(row: Row, value: object, version: str) -> CompletionShown:
 
 
 def _from_pair(row: Row) -> Judgment:
-    prompt, version = row.text("prompt"), f"unknown:{Path(row.path).name}"
+    file = Path(row.path).name
+    prompt, version, name = row.text("prompt"), f"unknown:{file}", f"{file}:{row.line}"
     texts = (row.text("chosen"), row.text("rejected"))
     return Judgment(
-        judgment_id=f"{row.path}:{row.line}",
-        task_id=f"{row.path}:{row.line}",
+        judgment_id=name,
+        task_id=name,
         prompt=prompt,
         completions=tuple(CompletionShown(text, policy_version=version) for text in texts),
         ranks=(1, 2),

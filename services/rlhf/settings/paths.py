@@ -83,6 +83,16 @@ class RunPaths:
         return self.folder / "comparisons.jsonl"
 
     @property
+    def annotations(self) -> Path:
+        """Step 2: the annotation page's database (SQLite), unless it has another."""
+        return self.folder / "annotate.db"
+
+    @property
+    def feedback(self) -> Path:
+        """Step 2: the snapshot of judgments that `rlhf feedback` keeps, a folder."""
+        return self.folder / "feedback"
+
+    @property
     def reward_model(self) -> Path:
         """Step 2: a `from_pretrained` folder of a sequence classifier with one label."""
         return self.folder / "reward-model"

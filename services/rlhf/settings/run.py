@@ -9,6 +9,7 @@ from pydantic import model_validator
 from rlhf.annotate.settings import AnnotateSettings
 from rlhf.data.settings import DataSettings, WorldSettings
 from rlhf.evaluate.settings import EvaluateSettings
+from rlhf.feedback.settings import FeedbackSettings
 from rlhf.policy.settings import PolicySettings, SampleSettings, SamplingSettings
 from rlhf.ppo.settings import (
     CriticSettings,
@@ -53,6 +54,8 @@ class Settings(Section):
     """Step 2: simulated annotators."""
     annotate: AnnotateSettings = AnnotateSettings()
     """Step 2: the annotation page."""
+    feedback: FeedbackSettings = FeedbackSettings()
+    """Step 2: judgments from and to files."""
     reward_model: RewardModelSettings = RewardModelSettings()
     """Step 2: the reward model."""
     policy: PolicySettings = PolicySettings()
