@@ -26,7 +26,7 @@ from rlhf.ppo.prompts import EncodedPrompt
 from rlhf.ppo.rewards import shaped_scores, whiten
 from rlhf.ppo.settings import CriticSettings, KlSettings, PpoSettings
 from rlhf.ppo.source import TaskMaker
-from rlhf.preference.loss import bradley_terry
+from rlhf.preference.pairwise import bradley_terry
 from rlhf.preference.settings import RewardModelSettings
 from rlhf.reference.requests import Item
 from rlhf.reference.scorer import ReferenceModel

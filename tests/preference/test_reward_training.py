@@ -16,8 +16,10 @@ from rlhf.feedback.judgments import CompletionShown, Judgment, write_judgments
 from rlhf.models.padding import pad
 from rlhf.models.reward import RewardModel, ended
 from rlhf.models.tokenizer import load_tokenizer
+from rlhf.preference import comparisons as comparisons_module
 from rlhf.preference import train as training
-from rlhf.preference.comparisons import batch_of, by_completions, encode, split_by_prompt
+from rlhf.preference.assemble import raw_scores
+from rlhf.preference.comparisons import Numbering, batch_of, by_completions, encode, split_by_prompt
 from rlhf.preference.settings import RewardModelSettings
 from rlhf.settings.run import Settings
 from rlhf.supervisor.settings import RunSettings
@@ -117,11 +119,11 @@ def test_interrupted_training_ends_with_the_same_bits(tmp_path: Path, monkeypatc
         calls.append(1)
         if len(calls) == 6:
             raise RuntimeError("killed")
-        return bradley_terry_sum(*arguments)
+        return rankings_of(*arguments)
 
-    bradley_terry_sum = training.bradley_terry_sum
+    rankings_of = comparisons_module.rankings_of
     with monkeypatch.context() as patch:
-        patch.setattr(training, "bradley_terry_sum", killed)
+        patch.setattr(comparisons_module, "rankings_of", killed)
         with pytest.raises(RuntimeError, match="killed"):
             training.run(settings)
     training.run(settings)
@@ -140,9 +142,9 @@ def test_judgments_of_one_prompt_stay_on_one_side() -> None:
 
 def test_each_completion_is_in_the_batch_once_with_one_end_token() -> None:
     comparisons = encode(judgments(3), tiny_tokenizer(), 200, Path("c.jsonl"))
-    batch = batch_of(by_completions(comparisons), pad_id=1)
+    batch = batch_of(by_completions(comparisons), 1, Numbering.of(comparisons, 1, 0))
     assert batch.input_ids.shape[0] == 3 * 4
-    assert len(batch.pairs.first) == 3 * 6
+    assert batch.rankings.items.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert batch.weight == 9.0
     lengths = batch.attention_mask.sum(1)
     assert (batch.input_ids[torch.arange(12), lengths - 1] == tiny_tokenizer().eos_token_id).all()
@@ -152,14 +154,15 @@ def test_each_completion_is_in_the_batch_once_with_one_end_token() -> None:
 def test_completions_that_several_annotators_ranked_are_scored_once() -> None:
     first, second = judgments(2)
     ranked = [first, second, replace(first, judgment_id="j9", annotator="b", ranks=(1, 2, 3, 4))]
-    groups = by_completions(encode(ranked, tiny_tokenizer(), 200, Path("c.jsonl")))
+    comparisons = encode(ranked, tiny_tokenizer(), 200, Path("c.jsonl"))
+    groups = by_completions(comparisons)
     assert [len(group) for group in groups] == [2, 1]
-    batch = batch_of(groups, pad_id=1)
+    batch = batch_of(groups, 1, Numbering.of(comparisons, 1, 0))
     assert batch.input_ids.shape[0] == 2 * 4
     assert batch.weight == 9.0
-    pairs = list(zip(batch.pairs.first.tolist(), batch.pairs.second.tolist(), batch.pairs.target.tolist(), strict=True))
-    assert pairs[6:12] == [(i, j, 1.0) for i in range(4) for j in range(i + 1, 4)]
-    assert {index for i, j, _ in pairs[12:] for index in (i, j)} == {4, 5, 6, 7}
+    assert batch.rankings.items.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7]]
+    assert batch.rankings.ranks[1].tolist() == [1, 2, 3, 4]
+    assert batch.rankings.annotators.tolist() == [0, 1, 0]
 
 
 def test_completion_that_is_too_long_is_named() -> None:
@@ -205,7 +208,7 @@ def test_scores_in_batches_are_those_of_each_alone(tmp_path: Path) -> None:
     model = RewardModel.new(tiny_lm_folder(tmp_path / "start"), seed=1)
     rng = np.random.default_rng(0)
     sequences = [rng.integers(2, 270, int(rng.integers(1, 30))).tolist() for _ in range(150)]
-    scores = training.raw_scores(model, sequences, 1, RewardModelSettings())
+    scores = raw_scores([model], model.head.weight[None], sequences, 1, RewardModelSettings())[:, 0, 0]
     alone = [float(model.raw_scores(*pad([sequence], 1)).detach()) for sequence in sequences]
     np.testing.assert_allclose(scores, alone, rtol=0, atol=1e-5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,38 +10,69 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.models.causal import weights_sha256
 from rlhf.models.compute import set_threads
+from rlhf.models.ensemble import RewardEnsemble, reward_sha256
 from rlhf.models.padding import pad
-from rlhf.models.reward import RewardModel, ended
+from rlhf.models.reward import ended
 from rlhf.models.tokenizer import load_tokenizer, pad_token_id, tokenizer_sha256
+from rlhf.reward.aggregate import Aggregation
 from rlhf.reward.requests import Texts, TokenItem
 from rlhf.reward.scorer import About, Reading, Score
 from rlhf.wire.records import Floats
+
+_log = logging.getLogger(__name__)
 
 
 class RewardHead:
     """Everything here runs in the worker thread."""
 
-    def __init__(self, model: RewardModel, tokenizer: PreTrainedTokenizerBase, about: About) -> None:
+    def __init__(
+        self,
+        model: RewardEnsemble,
+        tokenizer: PreTrainedTokenizerBase,
+        about: About,
+        aggregation: Aggregation = Aggregation(),  # noqa: B008
+    ) -> None:
         self.about = about
+        self.max_context_tokens = model.first.context_tokens
+        """None: the architecture knows no limit."""
+        embeddings = model.first.classifier.get_input_embeddings()
+        self.vocab_size: int = embeddings.weight.shape[0]  # type: ignore[index, assignment]
         self._model = model
         self._tokenizer = tokenizer
         self._pad_id = pad_token_id(tokenizer)
-        self.vocab_size: int = model.classifier.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
-        self.max_context_tokens = model.context_tokens
-        """None: the architecture knows no limit."""
+        reference = model.reference_scores
+        self._aggregation = aggregation if reference is None else aggregation.scaled_on(reference.cpu().numpy())
 
     @classmethod
-    def load(cls, folder: Path, device: str, dtype: str, threads: int) -> RewardHead:
+    def load(
+        cls,
+        folder: Path,
+        device: str,
+        dtype: str,
+        threads: int,
+        aggregation: Aggregation = Aggregation(),  # noqa: B008
+    ) -> RewardHead:
         """
         Raises:
             ModelError: the folder holds no reward model.
         """
         set_threads(threads)
-        model, tokenizer = RewardModel.load(folder, device=device, dtype=dtype), load_tokenizer(folder)
-        about = About("model", weights_sha256(folder), tokenizer_sha256(tokenizer), model.mean, model.std)
-        return cls(model, tokenizer, about)
+        model, tokenizer = RewardEnsemble.load(folder, device=device, dtype=dtype), load_tokenizer(folder)
+        about = About(
+            kind="model",
+            model_sha256=reward_sha256(folder),
+            tokenizer_sha256=tokenizer_sha256(tokenizer),
+            mean=model.first.mean,
+            std=model.first.std,
+            members=model.members,
+        )
+        if model.members > 1 or model.heads.groups > 1:
+            _log.info(
+                "%d members (%s), %d groups (%s)",
+                *(model.members, aggregation.how, model.heads.groups, model.heads.combine),
+            )
+        return cls(model, tokenizer, about, aggregation)
 
     def encode(self, texts: Sequence[Texts]) -> tuple[TokenItem, ...]:
         """Prompt and completion are encoded apart, so that the end of one does not merge with the start of the other,
@@ -56,18 +88,22 @@ class RewardHead:
     def forward(self, readings: Sequence[Reading]) -> list[Score]:
         """Normalised values at every token; the last one's is the score."""
         ids, mask = pad([reading.token_ids for reading in readings], self._pad_id)
-        device = self._model.device
+        device = self._model.first.device
         with torch.inference_mode():
-            raw = self._model.token_values(ids.to(device), mask.to(device))
-            values = ((raw - self._model.mean) / self._model.std).float().cpu().numpy()
-        return [_score(row, reading) for row, reading in zip(values, readings, strict=True)]
+            values = self._model.token_values(ids.to(device), mask.to(device)).float().cpu().numpy()
+        return [self._score(row, reading) for row, reading in zip(values, readings, strict=True)]
 
     def _encode(self, item: Texts) -> TokenItem:
         prompt = self._tokenizer(item.prompt).input_ids if item.prompt else []
         completion = self._tokenizer(item.completion, add_special_tokens=False).input_ids if item.completion else []
         return TokenItem(np.asarray([*prompt, *completion], dtype=np.int64), len(prompt))
 
-
-def _score(values: Floats, reading: Reading) -> Score:
-    # Copies, since a view would keep the whole batch's array.
-    return Score(float(values[len(reading.token_ids) - 1]), values[reading.prompt_length : reading.length].copy())
+    def _score(self, values: Floats, reading: Reading) -> Score:
+        """
+        Args:
+            values: [T, M]
+        """
+        # Copies, since a view would keep the whole batch's array.
+        members = values[len(reading.token_ids) - 1].copy()
+        tokens = self._aggregation(values[reading.prompt_length : reading.length]).copy()
+        return Score(float(self._aggregation(members)), tokens, members)

@@ -39,6 +39,8 @@ class Score:
     score: float
     token_rewards: Floats
     """[completion tokens]; of a rule, none."""
+    members: Floats
+    """[M], each normalised by itself. Their standard deviation is the spread that comes with the score."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class About:
     tokenizer_sha256: str
     mean: float
     std: float
+    members: int = 1
 
 
 class Scorer(Protocol):
@@ -140,7 +143,10 @@ class RuleScorer:
 
     def _score_calls(self, calls: Sequence[Call]) -> list[list[Score]]:
         none = np.zeros(0, np.float32)
-        return [[Score(float(score), none) for score in self._rule.score(_rule_items(call))] for call in calls]
+        return [
+            [Score(float(score), none, np.array([score])) for score in self._rule.score(_rule_items(call))]
+            for call in calls
+        ]
 
 
 def _rule_items(call: Call) -> list[ScoreItem]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf.errors import SettingsError
+from rlhf.reward.aggregate import Aggregation, aggregation_of
 from rlhf.reward.requests import read_call
 from rlhf.reward.rules import load_rule
 from rlhf.reward.scorer import ModelScorer, Reading, RuleScorer, Score, Scorer
@@ -60,7 +61,7 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         values = np.array([score.score for score in scores], dtype=np.float32)
         response = reward_pb2.ScoreResponse(
             scores=to_tensor(values),
-            member_scores=to_tensor(values.reshape(-1, 1)),
+            member_scores=to_tensor(np.array([score.members for score in scores], dtype=np.float32)),
             model_sha256=self._scorer.about.model_sha256,
         )
         if call.per_token:
@@ -73,7 +74,7 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
             kind=about.kind,
             model_sha256=about.model_sha256,
             tokenizer_sha256=about.tokenizer_sha256,
-            members=1,
+            members=about.members,
             max_batch_tokens=self._limits.max_batch_tokens,
             normalisation_mean=about.mean,
             normalisation_std=about.std,
@@ -90,7 +91,7 @@ async def _load(settings: Settings, worker: WorkerThread) -> Scorer:
     if reward.rule:
         return RuleScorer(await worker.run(load_rule, reward.rule), worker, limits)
     folder = reward.model or settings.paths.reward_model
-    head = await worker.run(_load_head, folder, reward.device, reward.dtype, reward.threads)
+    head = await worker.run(_load_head, folder, reward.device, reward.dtype, reward.threads, aggregation_of(reward))
     forward = await worker.run(_repeatable, head) if settings.run.deterministic else head.forward
     return ModelScorer(head, worker, limits, forward)
 
@@ -116,8 +117,8 @@ def _filler(tokens: int) -> Reading:
     return Reading(np.zeros(tokens, dtype=np.int64), 1, tokens)
 
 
-def _load_head(folder: Path, device: str, dtype: str, threads: int) -> RewardHead:
+def _load_head(folder: Path, device: str, dtype: str, threads: int, aggregation: Aggregation) -> RewardHead:
     # Imported here, so that the port is bound and health answers while torch loads, and a rule needs no torch.
     from rlhf.reward.head import RewardHead
 
-    return RewardHead.load(folder, device, dtype, threads)
+    return RewardHead.load(folder, device, dtype, threads, aggregation)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -102,11 +102,13 @@ class RewardModel(nn.Module):
         folder: str | Path,
         tokenizer: PreTrainedTokenizerBase,
         reference_set: Iterable[Mapping[str, str]] = (),
+        beside: Callable[[Path], None] | None = None,
     ) -> None:
         """
         Args:
             reference_set: what `mean` and `std` are of, kept as JSON Lines so that a later model can be normalised on
                 the same.
+            beside: writes what else belongs into the folder; None: nothing.
 
         Raises:
             StorageError: the disk is full or the folder cannot be written; the old folder stays.
@@ -119,6 +121,8 @@ class RewardModel(nn.Module):
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in reference_set]
             if lines:
                 (temporary / REFERENCE_SET_FILE).write_text("".join(lines), encoding="utf-8")
+            if beside is not None:
+                beside(temporary)
 
     @property
     def trunk(self) -> PreTrainedModel:
@@ -145,10 +149,8 @@ class RewardModel(nn.Module):
         Raises:
             ModelError: they hardly differ, so dividing by their spread would only magnify noise.
         """
-        mean, std = float(raw_scores.double().mean()), float(raw_scores.double().std())
-        if not std >= 1e-3:
-            raise ModelError(f"the reward model scores its whole reference set alike (standard deviation {std:.2g})")
-        self.mean, self.std = mean, std
+        mean, std = normalisation_of(raw_scores)
+        self.mean, self.std = float(mean), float(std)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Normalised scores.
@@ -164,16 +166,21 @@ class RewardModel(nn.Module):
 
     def raw_scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[B] float32: the head's output at each sequence's last token, before normalisation."""
-        hidden = self._hidden(input_ids, attention_mask)
+        return self._apply_head(self.last_hidden(input_ids, attention_mask))
+
+    def last_hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, H]: below the head, at each sequence's last token."""
+        hidden = self.hidden(input_ids, attention_mask)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (attention_mask * positions).amax(1)
-        return self._apply_head(hidden[torch.arange(len(last), device=last.device), last])
+        return hidden[torch.arange(len(last), device=last.device), last]
 
     def token_values(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[B, T] float32: the head's raw output at every token; meaningless where the mask is False."""
-        return self._apply_head(self._hidden(input_ids, attention_mask))
+        return self._apply_head(self.hidden(input_ids, attention_mask))
 
-    def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, T, H]: below the head."""
         # From the mask, so that padding on the left shifts nothing.
         positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
         extra = {"position_ids": positions} if self._takes_positions else {}
@@ -184,6 +191,20 @@ class RewardModel(nn.Module):
         """In float32 under any autocast: differences of scores are the quantity that matters."""
         with torch.autocast(hidden.device.type, enabled=False):
             return nn.functional.linear(hidden.float(), self.head.weight.float()).squeeze(-1)
+
+
+def normalisation_of(raw_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, ...] -> [...] float64: mean and standard deviation over the reference set.
+
+    Raises:
+        ModelError: a standard deviation below 1e-3: the scores hardly differ, and dividing would only magnify noise.
+    """
+    mean, std = raw_scores.double().mean(0), raw_scores.double().std(0)
+    if not bool((std >= 1e-3).all()):
+        raise ModelError(
+            f"the reward model scores its whole reference set alike (standard deviation {float(std.min()):.2g})"
+        )
+    return mean, std
 
 
 def _classifier_over(causal: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -41,6 +41,8 @@ class Experience:
     in its dtype. None: the reference gave log-probs."""
     scores: Tensor
     """[S] float32."""
+    spreads: Tensor
+    """[S] float32: standard deviation of the reward model's members on each; 0 of a single model."""
     token_rewards: Tensor
     """[N] float32; 0 where the reward service gave none."""
     ended_mask: Tensor
@@ -94,6 +96,7 @@ def gather(rollouts: Sequence[Rollout], blobs: Path | None = None) -> Experience
         ref_logprobs=_flat([_ref_logprobs(c) for c in completions], np.float32),
         ref_hidden=_ref_hidden(completions, blobs),
         scores=torch.tensor([c.score for c in completions], dtype=torch.float32),
+        spreads=torch.tensor([float(c.member_scores.std()) for c in completions], dtype=torch.float32),
         token_rewards=_flat([_token_rewards(c) for c in completions], np.float32),
         ended_mask=torch.tensor([c.finish_reason.ended for c in completions]),
         groups=torch.tensor([group for group, rollout in enumerate(rollouts) for _ in rollout.completions]),

@@ -14,13 +14,13 @@ PLAIN = ShapingSettings()
 
 
 def shaped_scores(experience: Experience, settings: PpoSettings, shaping: ShapingSettings = PLAIN) -> Tensor:
-    """[S]: scores after the missing-end penalty, the clip and the length penalty, in this order: a clip holds back a
-    reward model that exaggerates, and must not swallow the price of a token.
+    """[S]: scores after the penalties for spread and a missing end, the clip and the length penalty, in this order: a
+    clip holds back a reward model that exaggerates, and must not swallow the price of a token.
 
     `replace` is what OpenAI's lm-human-preferences does (score := -1 without the truncation token), `subtract` what
     TRL's `missing_eos_penalty` does.
     """
-    scores = experience.scores
+    scores = experience.scores - shaping.spread_penalty * experience.spreads
     if settings.missing_eos_penalty is not None:
         if settings.missing_eos == "replace":
             penalised = torch.full_like(scores, -settings.missing_eos_penalty)

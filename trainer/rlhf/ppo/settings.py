@@ -256,6 +256,9 @@ class ShapingSettings(Section):
     """Taken off a completion's score for each of its tokens beyond `length_free_tokens`."""
     length_free_tokens: NonNegativeInt = 0
     """Tokens that cost nothing."""
+    spread_penalty: float = Field(default=0.0, ge=0)
+    """Taken off a completion's score for each standard deviation by which the members of the reward model disagree on
+    it; nothing with a single reward model."""
 
     @field_validator("truncate_at")
     @classmethod

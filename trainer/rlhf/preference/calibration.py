@@ -42,6 +42,11 @@ def mean_nll(margins: Floats) -> float:
     return float(np.logaddexp(0.0, -margins).mean())
 
 
+def brier(margins: Floats) -> float:
+    """Mean squared distance of the predicted probability from what the annotator said (Brier 1950)."""
+    return float(np.mean((1.0 / (1.0 + np.exp(np.clip(margins, -500, 500)))) ** 2))
+
+
 def reliability(margins: Floats, bins: int = 10) -> list[Bin]:
     """Every pair counts in both orders, since which completion comes first means nothing; empty bins are left out."""
     p = 1.0 / (1.0 + np.exp(-np.clip(margins, -500, 500)))

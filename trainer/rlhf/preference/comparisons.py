@@ -17,7 +17,7 @@ from rlhf.errors import DataError
 from rlhf.feedback.judgments import Judgment
 from rlhf.models.padding import pad
 from rlhf.models.reward import ended
-from rlhf.preference.loss import Pairs, all_pairs
+from rlhf.preference.rankings import Ranking, Rankings, rankings_of
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,13 @@ class Comparison:
     """[K]"""
     token_ids: tuple[list[int], ...]
     """[K], prompt and completion and one end token, as `rlhf.models.reward.ended` puts it."""
-    ranks: tuple[int, ...]
-    """[K], 1 = best, equal = tie."""
+    judgment: Judgment
+    """What it was made of: who ranked, when, in which order shown, whose completions."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """[K], 1 = best, equal = tie."""
+        return self.judgment.ranks
 
     @cached_property
     def ordered(self) -> list[tuple[int, int]]:
@@ -47,13 +52,60 @@ class ComparisonBatch:
     """[N, T] int64"""
     attention_mask: Tensor
     """[N, T] bool"""
-    pairs: Pairs
+    rankings: Rankings
+    draws: Tensor
+    """[M, R] float32: how often each member has drawn the ranking's prompt; 1 where there is one member."""
     weight: float
     """Sum of K - 1 over the rankings."""
 
     def to(self, device: torch.device) -> ComparisonBatch:
         return ComparisonBatch(
-            self.input_ids.to(device), self.attention_mask.to(device), self.pairs.to(device), self.weight
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.rankings.to(device),
+            self.draws.to(device),
+            self.weight,
+        )
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """Annotators and prompts by number, and which prompts each member of an ensemble has drawn."""
+
+    annotators: dict[str, int]
+    prompts: dict[str, int]
+    draws: Tensor
+    """[M, prompts] float32"""
+
+    @classmethod
+    def of(cls, comparisons: Sequence[Comparison], members: int, seed: int) -> Numbering:
+        """With one member nothing is drawn: it reads every prompt once. Of several each draws as many prompts as there
+        are, with replacement, as a bootstrap does; judgments of a prompt depend on each other and stay together."""
+        annotators = sorted({each.judgment.annotator for each in comparisons})
+        prompts = sorted({each.prompt for each in comparisons})
+        draws = np.ones((members, len(prompts)))
+        for member in range(members if members > 1 else 0):
+            drawn = np.random.default_rng([seed, member]).integers(len(prompts), size=len(prompts))
+            draws[member] = np.bincount(drawn, minlength=len(prompts))
+        return cls(_numbered(annotators), _numbered(prompts), torch.tensor(draws, dtype=torch.float32))
+
+    def member(self, number: int) -> Numbering:
+        """For a member that is trained alone."""
+        return Numbering(self.annotators, self.prompts, self.draws[number : number + 1])
+
+    def ranking(self, comparison: Comparison, first: int) -> Ranking:
+        """
+        Args:
+            first: number of its first completion.
+        """
+        judgment = comparison.judgment
+        return Ranking(
+            items=range(first, first + len(comparison.ranks)),
+            ranks=comparison.ranks,
+            annotator=self.annotators[judgment.annotator],
+            order_shown=judgment.order_shown,
+            strength=judgment.strength,
+            prompt=self.prompts[comparison.prompt],
         )
 
 
@@ -90,7 +142,7 @@ def encode(
                 path=source,
                 line=number,
             )
-        encoded.append(Comparison(judgment.prompt, judgment.texts, sequences, judgment.ranks))
+        encoded.append(Comparison(judgment.prompt, judgment.texts, sequences, judgment))
     return encoded
 
 
@@ -122,17 +174,18 @@ def by_completions(comparisons: Iterable[Comparison]) -> list[tuple[Comparison, 
     return [tuple(group) for group in groups.values()]
 
 
-def batch_of(groups: Sequence[Sequence[Comparison]], pad_id: int) -> ComparisonBatch:
+def batch_of(groups: Sequence[Sequence[Comparison]], pad_id: int, numbering: Numbering) -> ComparisonBatch:
     """
     Args:
         groups: as `by_completions` makes them.
     """
     sequences = [sequence for group in groups for sequence in group[0].token_ids]
     starts = np.cumsum([0, *(len(group[0].token_ids) for group in groups)]).tolist()
-    rankings = [comparison.ranks for group in groups for comparison in group]
-    offsets = [start for start, group in zip(starts, groups, strict=False) for _ in group]
-    weight = sum(len(ranks) - 1 for ranks in rankings)
-    return ComparisonBatch(*pad(sequences, pad_id), all_pairs(rankings, offsets), float(weight))
+    rankings = rankings_of(
+        [numbering.ranking(one, start) for start, group in zip(starts, groups, strict=False) for one in group]
+    )
+    draws = numbering.draws[:, rankings.prompts]
+    return ComparisonBatch(*pad(sequences, pad_id), rankings, draws, float(rankings.orders.sum()))
 
 
 def sha256_of(comparisons: Iterable[Comparison]) -> str:
@@ -150,3 +203,7 @@ def _encode_distinct(
         return {}
     ids = tokenizer(ordered, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False).input_ids
     return dict(zip(ordered, ids, strict=True))
+
+
+def _numbered(names: Sequence[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(names)}

@@ -1,78 +1,45 @@
-"""Bradley-Terry on all pairs of a ranking: the definition, and the same computed at once for many rankings.
-
-P(i above j) = sigmoid(r_i - r_j). A ranking of K completions counts K - 1, as much as it orders, spread evenly over its
-K (K - 1) / 2 pairs; each completion is scored once. A tie is a target of one half: it pulls the two scores together.
-
-Sources: Ouyang et al. 2022, section 3.5 (all pairs of one prompt together); Liu et al. 2024, arXiv:2410.05328, on what
-leaving ties out does to strengths.
-"""
+"""The losses by name, with whatever they fit besides utilities."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from rlhf.preference.pairwise import all_pairs_nll, margin_nll, scaled_nll
+from rlhf.preference.plackett_luce import plackett_luce_nll
+from rlhf.preference.rankings import Rankings
+from rlhf.preference.settings import LossName
+from rlhf.preference.ties import davidson_nll, rao_kupper_nll
 
 
-def bradley_terry(scores: Tensor, ranks: Sequence[int]) -> Tensor:
-    """The definition: loss of one ranking, a scalar.
+class RankingLoss(nn.Module):
+    """Loss of rankings under utilities: the smaller, the likelier."""
 
-    Args:
-        scores: [K].
-        ranks: [K], 1 = best, equal = tie.
-    """
-    total = scores.new_zeros(())
-    for i, j in itertools.combinations(range(len(ranks)), 2):
-        target = 0.5 if ranks[i] == ranks[j] else float(ranks[i] < ranks[j])
-        difference = scores[i] - scores[j]
-        total = total - target * logsigmoid(difference) - (1 - target) * logsigmoid(-difference)
-    pairs = len(ranks) * (len(ranks) - 1) / 2
-    return total / pairs * (len(ranks) - 1)
+    def __init__(self, name: LossName = "plackett-luce", margin: float = 1.0) -> None:
+        super().__init__()
+        self.name = name
+        self.margin = margin
+        if name in ("davidson", "rao-kupper"):
+            # log ν = 0, and α = softplus(0) = log 2: either gives a tie one third where utilities are equal.
+            self.tie = nn.Parameter(torch.zeros(()))
 
+    def forward(self, utilities: Tensor, rankings: Rankings) -> Tensor:
+        """[..., R, K] -> [..., R], in the utilities' dtype."""
+        match self.name:
+            case "plackett-luce":
+                return plackett_luce_nll(utilities, rankings)
+            case "all-pairs":
+                return all_pairs_nll(utilities, rankings)
+            case "margin":
+                return margin_nll(utilities, rankings, self.margin)
+            case "scaled":
+                return scaled_nll(utilities, rankings)
+            case "davidson":
+                return davidson_nll(utilities, rankings, self.tie)
+            case "rao-kupper":
+                return rao_kupper_nll(utilities, rankings, softplus(self.tie))
 
-@dataclass(frozen=True)
-class Pairs:
-    """All pairs of some rankings, as indices into completions laid end to end."""
-
-    first: Tensor
-    """[P] int64"""
-    second: Tensor
-    """[P] int64"""
-    target: Tensor
-    """[P] float32: 1 the first is above, 0 the second is, 0.5 a tie."""
-    share: Tensor
-    """[P] float32: what the pair counts; those of a ranking add up to K - 1."""
-
-    def to(self, device: torch.device) -> Pairs:
-        return Pairs(self.first.to(device), self.second.to(device), self.target.to(device), self.share.to(device))
-
-
-def all_pairs(rankings: Sequence[Sequence[int]], offsets: Sequence[int]) -> Pairs:
-    """
-    Args:
-        rankings: ranks of each, 1 = best, equal = tie; at least two in each.
-        offsets: of each, the index of its first completion.
-    """
-    first, second, target, share = [], [], [], []
-    for ranks, offset in zip(rankings, offsets, strict=True):
-        for i, j in itertools.combinations(range(len(ranks)), 2):
-            first.append(offset + i)
-            second.append(offset + j)
-            target.append(0.5 if ranks[i] == ranks[j] else float(ranks[i] < ranks[j]))
-            share.append(2.0 / len(ranks))
-    return Pairs(torch.tensor(first), torch.tensor(second), torch.tensor(target), torch.tensor(share))
-
-
-def bradley_terry_sum(scores: Tensor, pairs: Pairs) -> Tensor:
-    """`bradley_terry` of all the rankings, summed, in float32.
-
-    Args:
-        scores: [N], of the completions that the pairs point at.
-    """
-    difference = scores.float()[pairs.first] - scores.float()[pairs.second]
-    losses = pairs.target * softplus(-difference) + (1 - pairs.target) * softplus(difference)
-    return (pairs.share * losses).sum()
+    def weights(self, rankings: Rankings) -> Tensor:
+        """[R]: what each ranking counts, by which a batch's sum is divided."""
+        return rankings.orders * rankings.strengths.clamp_min(1.0) if self.name == "scaled" else rankings.orders
