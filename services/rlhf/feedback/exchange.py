@@ -29,8 +29,8 @@ def import_judgments(
 ) -> Import:
     """Reads a file, a folder or a Hugging Face data set, whatever form its rows have.
 
-    A judgment is a duplicate if prompt (by hash), completions, ranks and annotator are those of an earlier row. In the
-    native form every row has an id of its own, and none is.
+    A judgment is a duplicate if prompt (by hash), completions, ranks and annotator are those of an earlier row. One
+    that has its own provenance, as in the native form, is none.
 
     Args:
         source: as `rlhf.data.rows.read_rows` takes it.
@@ -109,9 +109,11 @@ def _encodable(judgment: Judgment, row: Row) -> Judgment:
 def _distinct(judgments: Iterable[tuple[Judgment, int]]) -> Iterator[Judgment]:
     seen: set[Hashable] = set()
     for judgment, number in judgments:
+        # What brings its provenance along brings its own id; an annotator may well have been asked twice.
+        own = "" if judgment.source == "imported" else judgment.judgment_id
         # Those without a name are different people within a row, where equal answers are no duplicates.
         who = (judgment.annotator, number if judgment.annotator == UNKNOWN_ANNOTATOR else 0)
-        key = (judgment.prompt_id, judgment.texts, judgment.ranks, who, judgment.revision)
+        key = (judgment.prompt_id, judgment.texts, judgment.ranks, who, own)
         if key not in seen:
             seen.add(key)
             yield judgment
