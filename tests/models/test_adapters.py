@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.errors import ModelError, SettingsError
-from rlhf.models.adapters import add_adapter, merged, merged_weights
+from rlhf.models.adapters import add_adapter, merge_into, merged
 from rlhf.models.base import Base
 from rlhf.models.causal import load_causal_lm, save_model, weights_sha256
 from rlhf.models.weights import (
@@ -90,7 +90,7 @@ def test_what_is_published_is_the_adapter_alone(tmp_path: Path) -> None:
     assert all(".lora_A." in name or ".lora_B." in name for name in tensors)
     assert version.sha256 == published_sha256(model)
     receiver = tiny_lm()
-    copy_weights(receiver, merged_weights(tiny_lm(), tensors, manifest.adapter.scaling))
+    merge_into(receiver, tiny_lm(), tensors, manifest.adapter.scaling)
     assert torch.equal(logits(receiver), logits(merged(model)))
     other = adapted(trained=False)
     copy_weights(other, tensors)
@@ -122,14 +122,15 @@ def test_targets_that_cannot_be(targets: tuple[str, ...]) -> None:
 
 
 def test_an_adapter_of_another_shape_is_refused() -> None:
-    tensors = named_weights(adapted())
+    tensors, receiver = named_weights(adapted()), tiny_lm(seed=1)
     with pytest.raises(ModelError, match="does not fit"):
-        merged_weights(tiny_lm("gpt2"), tensors, 1.0)
+        merge_into(receiver, tiny_lm("gpt2"), tensors, 1.0)
     del tensors[next(iter(tensors))]
     with pytest.raises(ModelError, match="its A and its B"):
-        merged_weights(tiny_lm(), tensors, 1.0)
+        merge_into(receiver, tiny_lm(), tensors, 1.0)
     with pytest.raises(ModelError, match="its A and its B"):
-        merged_weights(tiny_lm(), named_weights(tiny_lm()), 1.0)
+        merge_into(receiver, tiny_lm(), named_weights(tiny_lm()), 1.0)
+    assert torch.equal(logits(receiver), logits(tiny_lm(seed=1))), "nothing was changed"
 
 
 def test_a_base_refuses_the_adapters_of_others(tmp_path: Path) -> None:
@@ -137,8 +138,10 @@ def test_a_base_refuses_the_adapters_of_others(tmp_path: Path) -> None:
     base = Base(folder, weights_sha256(folder))
     tensors = named_weights(adapted())
     with pytest.raises(ModelError, match=rf"for the model with sha256 {BASE[:12]}.*has {base.sha256[:12]}.*ppo\.model"):
-        base.merged(tensors, AdapterOf(BASE, 2.0))
-    assert torch.isfinite(base.merged(tensors, AdapterOf(base.sha256, 2.0))["model.embed_tokens.weight"]).all()
+        base.merge_into(tiny_lm(), tensors, AdapterOf(BASE, 2.0))
+    model = tiny_lm(seed=1)
+    base.merge_into(model, tensors, AdapterOf(base.sha256, 2.0))
+    assert torch.equal(logits(model), logits(merged(adapted())))
 
 
 def test_a_base_that_was_replaced_meanwhile_is_refused(tmp_path: Path) -> None:
@@ -146,4 +149,4 @@ def test_a_base_that_was_replaced_meanwhile_is_refused(tmp_path: Path) -> None:
     base = Base(folder, weights_sha256(folder))
     tiny_lm_folder(folder, seed=5)
     with pytest.raises(ModelError, match="was changed since"):
-        base.merged(named_weights(adapted()), AdapterOf(base.sha256, 2.0))
+        base.merge_into(tiny_lm(), named_weights(adapted()), AdapterOf(base.sha256, 2.0))

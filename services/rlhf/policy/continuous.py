@@ -142,10 +142,12 @@ class ContinuousEngine:
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ModelError(f"{folder}: {name} holds numbers that are not finite; the policy keeps its weights")
+        spare = self._idle_spare(timeout_s)
         try:
-            whole = tensors if manifest.adapter is None else self._merged(tensors, manifest.adapter)
-            spare = self._idle_spare(timeout_s)
-            copy_weights(spare.model, whole)
+            if manifest.adapter is None:
+                copy_weights(spare.model, tensors)
+            else:
+                self._merge_into(spare.model, tensors, manifest.adapter)
         except ModelError as error:  # nothing was copied
             raise ModelError(f"{folder}: {error}") from error
         self._previous = None
@@ -219,10 +221,10 @@ class ContinuousEngine:
             self._waiting.extendleft(row for row in reversed(old.rows) if row in moving)
             old.leave(moving)
 
-    def _merged(self, tensors: Mapping[str, Tensor], adapter: AdapterOf) -> Mapping[str, Tensor]:
+    def _merge_into(self, model: PreTrainedModel, tensors: Mapping[str, Tensor], adapter: AdapterOf) -> None:
         if self._base is None:
             raise ModelError("an adapter needs the model that it is for, and this policy has no folder of one")
-        return self._base.merged(tensors, adapter)
+        self._base.merge_into(model, tensors, adapter)
 
     def _idle_spare(self, timeout_s: float) -> Lane:
         """The lane that is not current, once its sequences are done. Built at the first call."""

@@ -174,9 +174,10 @@ def _agreement(name: str, answer: _Answer, folder: Path, weights: Path | None) -
     model = load_causal_lm(folder)
     if weights is not None:
         tensors, adapter = load_weights(weights, answer.version), read_manifest(weights).adapter
-        if adapter is not None:
-            tensors = Base(folder, weights_sha256(folder)).merged(tensors, adapter)
-        copy_weights(model, tensors)
+        if adapter is None:
+            copy_weights(model, tensors)
+        else:
+            Base(folder, weights_sha256(folder)).merge_into(model, tensors, adapter)
     token_ids = torch.from_numpy(np.concatenate([answer.prompt_ids, answer.token_ids]).astype(np.int64))
     sampled = token_ids[-len(answer.token_ids) :, None]
     with torch.inference_mode():

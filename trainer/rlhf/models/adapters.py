@@ -69,27 +69,32 @@ def dropping_out(model: nn.Module, on: bool) -> None:
         layer.lora_dropout.train(on)
 
 
-def merged_weights(base: nn.Module, adapter: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
-    """What an ordinary model of the base's shape holds to compute what base and adapter do.
+@torch.no_grad()
+def merge_into(model: nn.Module, base: nn.Module, adapter: Mapping[str, Tensor], scaling: float) -> None:
+    """Gives an ordinary model weights that compute what base and adapter do.
 
     Args:
-        adapter: as `named_weights` gives them of a model with an adapter.
-
-    Returns:
-        Of changed layers new tensors, of others the base's own; in the base's dtype, on its device.
+        model: of the base's shape, or the base itself.
+        adapter: as `named_weights` gives them of a model with an adapter; on the base's device, in its dtype.
 
     Raises:
-        ModelError: the adapter is for a model of another shape.
+        ModelError: the adapter is for a model of another shape; nothing was changed.
     """
-    weights, modules = named_weights(base), dict(base.named_modules())
-    for name, (a, b) in _factors(adapter).items():
-        weight = weights.get(f"{name}.weight")
+    weights, factors = named_weights(base), _factors(adapter)
+    modules = dict(base.named_modules())
+    for name, (left, right) in factors.items():
         # GPT-2's layers keep theirs the other way round.
-        change = (b @ a).T if isinstance(modules.get(name), Conv1D) else b @ a
-        if weight is None or weight.shape != change.shape:
+        if isinstance(modules.get(name), Conv1D):
+            left, right = factors[name] = right.T, left.T
+        weight = weights.get(f"{name}.weight")
+        if weight is None or weight.shape != (len(left), right.shape[1]):
             raise ModelError(f"the adapter does not fit the model: {name} is missing there, or has another shape")
-        weights[f"{name}.weight"] = (weight + scaling * change).to(weight.dtype)
-    return weights
+    copy_weights(model, weights)
+    receiving = named_weights(model)
+    for name, (left, right) in factors.items():
+        # One at a time: all together would take the model's memory once more, which costs more time than the sums.
+        merged_weight = torch.addmm(weights[f"{name}.weight"], left, right, alpha=scaling)
+        receiving[f"{name}.weight"].copy_(merged_weight)
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
@@ -101,7 +106,7 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
         plain.set_submodule(name, layer.base_layer)
     mark_adapter(plain, None)
     del plain.peft_config
-    copy_weights(plain, merged_weights(plain, named_weights(model), adapter.scaling))
+    merge_into(plain, plain, named_weights(model), adapter.scaling)
     return plain
 
 
@@ -139,7 +144,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _factors(adapter: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B by their layer's name.
+    """B and A, in the order of their product, by their layer's name.
 
     Raises:
         ModelError: these are not the tensors of an adapter.
@@ -147,4 +152,4 @@ def _factors(adapter: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     names = [name.removesuffix(FACTORS[0]) for name in adapter if name.endswith(FACTORS[0])]
     if {f"{name}{factor}" for name in names for factor in FACTORS} != adapter.keys():
         raise ModelError("the tensors are not those of an adapter: each layer needs its A and its B, and nothing else")
-    return {name: (adapter[f"{name}{FACTORS[0]}"], adapter[f"{name}{FACTORS[1]}"]) for name in names}
+    return {name: (adapter[f"{name}{FACTORS[1]}"], adapter[f"{name}{FACTORS[0]}"]) for name in names}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.errors import ModelError
-from rlhf.models.adapters import merged_weights
+from rlhf.models.adapters import merge_into
 from rlhf.models.causal import load_causal_lm, weights_sha256
 from rlhf.models.weights import AdapterOf
 
@@ -25,11 +25,11 @@ class Base:
         self.sha256 = sha256
         self._model: PreTrainedModel | None = None
 
-    def merged(self, tensors: Mapping[str, Tensor], adapter: AdapterOf) -> dict[str, Tensor]:
-        """The weights of base and adapter together, float32 on the CPU: as the trainer holds them.
+    def merge_into(self, model: nn.Module, tensors: Mapping[str, Tensor], adapter: AdapterOf) -> None:
+        """Gives the model the weights of base and adapter together, computed in float32, as the trainer holds them.
 
         Raises:
-            ModelError: the adapter is for another base, or the folder holds another by now.
+            ModelError: the adapter is for another base, or the folder holds another by now. The model stays as it is.
         """
         if adapter.base_sha256 != self.sha256:
             raise ModelError(
@@ -38,7 +38,7 @@ class Base:
             )
         if self._model is None:
             self._model = self._load()
-        return merged_weights(self._model, tensors, adapter.scaling)
+        merge_into(model, self._model, tensors, adapter.scaling)
 
     def _load(self) -> PreTrainedModel:
         """At the first adapter, and then kept: what runs has been given other weights by then."""
