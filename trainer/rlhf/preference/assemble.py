@@ -115,7 +115,7 @@ def save(
     single.facts = {
         "reference_set_sha256": reference_sha256(assembled.reference),
         "comparisons_sha256": _judgments_sha256(judged),
-        **_snapshot(judged.source),
+        "snapshot_sha256": judged.snapshot_sha256,
         "loss": section.loss,
         "annotators": section.annotators,
         "figures": figures,
@@ -230,9 +230,3 @@ def _judgments_sha256(judged: Judged) -> str:
     if judged.source.is_file():
         return sha256_file(judged.source)
     return sha256_of([*judged.training, *judged.heldout])
-
-
-def _snapshot(source: Path) -> dict[str, str]:
-    """The hash of the snapshot that the judgments are of, where they are one."""
-    path = (source if source.is_dir() else source.parent) / SNAPSHOT_FILE
-    return {"snapshot_sha256": str(read_json(path)["sha256"])} if path.is_file() else {}

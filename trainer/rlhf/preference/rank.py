@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlhf.data.samples import Sampled, read_samples
 from rlhf.errors import DataError
 from rlhf.feedback.judgments import CompletionShown, Judgment, write_judgments
-from rlhf.preference.annotators import Annotator, Utilities, noise_scale_for, pair_differences, ranks_of
+from rlhf.preference.annotators import Annotator, Shown, Utilities, noise_scale_for, pair_differences, ranks_of
 from rlhf.preference.settings import RankSettings
 from rlhf.preference.utility import Utility, load_utility
 from rlhf.reward.rules import ScoreItem
@@ -42,16 +43,25 @@ def run(settings: Settings) -> Mapping[str, Any]:
     utility = load_utility(rank.utility or paths.annotators_labelled, rank.seed)
     samples, utilities = _seen(source, utility)
     differences = pair_differences(utilities)
-    annotators = [
-        Annotator(f"simulated-{number}", noise_scale_for(reliability, differences))
-        for number, reliability in enumerate(rank.reliabilities)
-    ]
-    judgments = list(judge_all(samples, utilities, annotators, rank))
+    minority = utilities_of(load_utility(rank.minority_utility, rank.seed), samples) if rank.minority_utility else None
+    judgments = list(judge_all(samples, utilities, annotators_of(rank, differences), rank, minority))
     out = rank.out or paths.comparisons
     write_judgments(out, judgments)
     _log.info("wrote %d judgments to %s", len(judgments), out)
     _rank_heldout(paths, utility)
     return figures(judgments, samples, utilities)
+
+
+def annotators_of(rank: RankSettings, differences: NDArray[np.float64]) -> list[Annotator]:
+    """
+    Args:
+        differences: of the utilities of pairs, as `pair_differences` gives them.
+    """
+    typical, kinds = float(np.mean(differences)), rank.kinds or ("honest",) * len(rank.reliabilities)
+    return [
+        Annotator(f"simulated-{number}", noise_scale_for(reliability, differences), kind, typical, rank.trigger)
+        for number, (reliability, kind) in enumerate(zip(rank.reliabilities, kinds, strict=True))
+    ]
 
 
 def _rank_heldout(paths: RunPaths, utility: Utility) -> None:
@@ -92,13 +102,22 @@ def utilities_of(utility: Utility, samples: Sequence[Sampled]) -> list[Utilities
 
 
 def judge_all(
-    samples: Sequence[Sampled], utilities: Sequence[Utilities], annotators: Sequence[Annotator], rank: RankSettings
+    samples: Sequence[Sampled],
+    utilities: Sequence[Utilities],
+    annotators: Sequence[Annotator],
+    rank: RankSettings,
+    minority: Sequence[Utilities] | None = None,
 ) -> Iterator[Judgment]:
+    """
+    Args:
+        utilities, minority: [K] per prompt, of the shared taste and of the minority's.
+    """
     rng = np.random.default_rng(rank.seed)
-    for sampled, true in zip(samples, utilities, strict=True):
+    for index, (sampled, true) in enumerate(zip(samples, utilities, strict=True)):
         drawn = rng.choice(len(annotators), size=rank.judgments_per_prompt, replace=False)
         for number in sorted(drawn):
-            yield _judge(sampled, true, annotators[number], rank.tie_margin, rng)
+            others = None if minority is None else minority[index]
+            yield _judge(sampled, true, annotators[number], rank.tie_margin, rng, others)
 
 
 def figures(
@@ -129,18 +148,24 @@ def figures(
 
 
 def _judge(
-    sampled: Sampled, utilities: Utilities, annotator: Annotator, tie_margin: float, rng: np.random.Generator
+    sampled: Sampled,
+    utilities: Utilities,
+    annotator: Annotator,
+    tie_margin: float,
+    rng: np.random.Generator,
+    minority: Utilities | None = None,
 ) -> Judgment:
     texts = tuple(completion.text for completion in sampled.completions)
-    perceived = annotator.perceive(utilities, texts, rng)
+    order = tuple(rng.permutation(len(texts)).tolist())
+    seen = annotator.sees(Shown(utilities, texts, order, minority), rng)
     return Judgment(
         judgment_id=f"{sampled.prompt_index}/{annotator.name}",
         task_id=str(sampled.prompt_index),
         prompt=sampled.prompt,
         metadata=sampled.metadata,
         completions=_shown(sampled),
-        ranks=ranks_of(perceived, tie_margin),
-        order_shown=tuple(rng.permutation(len(texts)).tolist()),
+        ranks=ranks_of(seen, tie_margin),
+        order_shown=order,
         annotator=annotator.name,
         source="simulated",
     )

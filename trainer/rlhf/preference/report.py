@@ -1,7 +1,7 @@
 """`rlhf reward-model --report`: what a reward model knows, and whose judgments it knows it from; HTML and JSON.
 
-Everything is measured on held-out prompts. Disagreement is no noise to be averaged away, so accuracy is also shown where
-annotators agree and where they do not, beside what another annotator would reach there: the ceiling.
+Everything is measured on held-out prompts. Disagreement is no noise to be averaged away, so accuracy is also shown
+where annotators agree and where they do not, beside what another annotator would reach there: the ceiling.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def report_of(assembled: Assembled, judged: Judged, section: RewardModelSettings
 def strata(comparisons: Sequence[Comparison], scores: Sequence[Floats]) -> list[dict[str, Any]]:
     """By how the annotators of a pair of completions agree: accuracy of the model, and of the other annotators.
 
-    A pair is `unanimous` (all order it alike), `divided` (they do not), `tied` (as many for one as for the other, or all
-    call it even: no side to agree with), or `single` (one annotator alone saw it). The ceiling is what an annotator is
-    told by the others' majority, each left out in turn; an even majority is half right.
+    A pair is `unanimous` (all order it alike), `divided` (they do not), `tied` (as many for one as for the other, or
+    all call it even: no side to agree with), or `single` (one annotator alone saw it). The ceiling is what an annotator
+    is told by the others' majority, each left out in turn; an even majority is half right.
     """
     found: dict[str, list[tuple[float, float | None]]] = defaultdict(list)
     for votes, margin in _votes(comparisons, scores).values():
@@ -110,7 +110,7 @@ def by(
 def ablations(settings: Settings, judged: Judged, out: Path) -> list[dict[str, Any]]:
     """The same training with each of the losses, and with the losses' default but all annotators alike."""
     section, rows = settings.reward_model, []
-    ways = {loss: {"loss": loss} for loss in section.ablations}
+    ways: dict[str, dict[str, Any]] = {loss: {"loss": loss} for loss in section.ablations}
     if section.annotators != "none":
         ways[f"{section.loss}, all annotators alike"] = {"annotators": "none", "position_bias": False}
     for number, (name, changes) in enumerate(ways.items()):

@@ -17,7 +17,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import DataError
-from rlhf.feedback.judgments import read_judgments
+from rlhf.feedback.judgments import Judgment, read_judgments
+from rlhf.feedback.snapshots import is_snapshot, read_snapshot, snapshot_sha256
 from rlhf.models.compute import set_threads
 from rlhf.models.folders import start_model
 from rlhf.models.reward import RewardModel
@@ -37,6 +38,8 @@ class Judged:
     """The judgments of a run, as token sequences on either side of the split."""
 
     source: Path
+    snapshot_sha256: str
+    """Of all judgments that the source holds, as a snapshot of them has it."""
     training: list[Comparison]
     heldout: list[Comparison]
     noise_free: list[Comparison]
@@ -107,14 +110,16 @@ def _judged(settings: Settings) -> Judged:
     tokenizer, context = load_tokenizer(start), RewardModel.new(start).context_tokens
     max_length = min(context or section.max_length, section.max_length)
 
-    def read(path: Path) -> list[Comparison]:
-        return encode(read_judgments(path), tokenizer, max_length, path, context)
+    def encoded(judgments: Sequence[Judgment], path: Path) -> list[Comparison]:
+        return encode(judgments, tokenizer, max_length, path, context)
 
-    training, heldout = split_by_prompt(read(source), section.heldout_fraction, section.seed)
+    judgments = read_snapshot(source).judgments if is_snapshot(source) else read_judgments(source)
+    training, heldout = split_by_prompt(encoded(judgments, source), section.heldout_fraction, section.seed)
     _check_ordered(source, training, heldout)
     beside = section.heldout_comparisons or settings.paths.heldout_comparisons
-    noise_free = read(beside) if section.heldout_comparisons is not None or beside.exists() else []
-    return Judged(source, training, heldout, noise_free, start, tokenizer)
+    asked = section.heldout_comparisons is not None or beside.exists()
+    noise_free = encoded(read_judgments(beside), beside) if asked else []
+    return Judged(source, snapshot_sha256(judgments), training, heldout, noise_free, start, tokenizer)
 
 
 def _measured(
