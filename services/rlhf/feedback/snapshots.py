@@ -31,12 +31,16 @@ class Snapshot:
 
     @property
     def sha256(self) -> str:
-        """Of the rows as canonical JSON: sorted names, no spaces, UTF-8, one a line."""
-        digest = hashlib.sha256()
-        for judgment in self.judgments:
-            row = json.dumps(asdict(judgment), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-            digest.update(row.encode() + b"\n")
-        return digest.hexdigest()
+        return snapshot_sha256(self.judgments)
+
+
+def snapshot_sha256(judgments: Iterable[Judgment]) -> str:
+    """Of the rows as canonical JSON (sorted names, no spaces, UTF-8, one a line), in the order of their ids."""
+    digest = hashlib.sha256()
+    for judgment in sorted(judgments, key=lambda each: each.judgment_id):
+        row = json.dumps(asdict(judgment), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        digest.update(row.encode() + b"\n")
+    return digest.hexdigest()
 
 
 def snapshot_of(judgments: Iterable[Judgment], sources: Iterable[str] = (), withdrawn: Iterable[str] = ()) -> Snapshot:

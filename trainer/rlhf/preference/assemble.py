@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf.data.rows import read_rows
 from rlhf.errors import DataError
 from rlhf.models.ensemble import MEMBERS_FOLDER, Heads, about, raw_values, save_heads
-from rlhf.models.folders import read_json, sha256_file
+from rlhf.models.folders import sha256_file
 from rlhf.models.padding import pad
 from rlhf.models.reward import REFERENCE_SET_FILE, RewardModel, ended
 from rlhf.preference.calibration import Floats
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from rlhf.preference.train import Judged
 
 REFERENCE_SET_SIZE = 512
-SNAPSHOT_FILE = "snapshot.json"
 
 
 @dataclass(frozen=True)
