@@ -87,7 +87,8 @@ def merge_into(model: nn.Module, base: nn.Module, adapter: Mapping[str, Tensor],
         if isinstance(modules.get(name), Conv1D):
             left, right = factors[name] = right.T, left.T
         weight = weights.get(f"{name}.weight")
-        if weight is None or weight.shape != (len(left), right.shape[1]):
+        fits = weight is not None and weight.shape == (len(left), right.shape[1]) and left.shape[1] == len(right)
+        if not fits:
             raise ModelError(f"the adapter does not fit the model: {name} is missing there, or has another shape")
     copy_weights(model, weights)
     receiving = named_weights(model)
