@@ -41,35 +41,32 @@ def pair_agreement_alpha(judgments: Iterable[Judgment]) -> float | None:
 
     Every pair counts in both orders, so that it does not matter which of two happens to be listed first.
     """
-    units = [[vote for _, vote in votes] for votes in _votes(judgments).values()]
+    units = list(pair_votes(judgments))
     return krippendorff_alpha([*units, *([-vote for vote in unit] for unit in units)], "ordinal")
 
 
 def pairwise_agreement(judgments: Iterable[Judgment]) -> float | None:
     """Share of the pairs that two annotators of the same completions both ordered, and ordered alike.
 
-    None where no pair was ordered by two. An annotator is not compared with themselves; those without a name are taken
-    for different people within one task, and not compared across tasks.
+    None where no pair was ordered by two. Of an annotator who was asked twice the later answer counts; those without a
+    name are taken for different people within one task, and not compared across tasks.
     """
     alike = [
-        first == second
-        for votes in _votes(judgments).values()
-        for (one, first), (other, second) in combinations(votes, 2)
-        if one != other and first and second
+        first == second for votes in pair_votes(judgments) for first, second in combinations(votes, 2) if first and second
     ]
     return sum(alike) / len(alike) if alike else None
 
 
-def _votes(judgments: Iterable[Judgment]) -> dict[Hashable, list[tuple[Hashable, int]]]:
-    """For each two texts under one prompt, in sorted order: who voted 1 (the first is better), 0 (a tie) or -1."""
-    votes: dict[Hashable, list[tuple[Hashable, int]]] = defaultdict(list)
+def pair_votes(judgments: Iterable[Judgment]) -> Iterator[list[int]]:
+    """For each two texts under one prompt, in sorted order, a 1 (the first is better), 0 or -1 of each annotator."""
+    votes: dict[Hashable, dict[Hashable, int]] = defaultdict(dict)
     for number, judgment in enumerate(judgments):
         unnamed = judgment.annotator == UNKNOWN_ANNOTATOR
         who: Hashable = number if unnamed else judgment.annotator
         asked = judgment.task_id if unnamed else ""
         for first, second, vote in _pairs(judgment):
-            votes[judgment.prompt_id, asked, first, second].append((who, vote))
-    return votes
+            votes[judgment.prompt_id, asked, first, second][who] = vote
+    return (list(of_pair.values()) for of_pair in votes.values())
 
 
 def _pairs(judgment: Judgment) -> Iterator[tuple[str, str, int]]:
