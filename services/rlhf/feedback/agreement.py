@@ -41,7 +41,7 @@ def pair_agreement_alpha(judgments: Iterable[Judgment]) -> float | None:
 
     Every pair counts in both orders, so that it does not matter which of two happens to be listed first.
     """
-    units = list(pair_votes(judgments))
+    units = list(_votes(judgments))
     return krippendorff_alpha([*units, *([-vote for vote in unit] for unit in units)], "ordinal")
 
 
@@ -52,24 +52,25 @@ def pairwise_agreement(judgments: Iterable[Judgment]) -> float | None:
     name are taken for different people within one task, and not compared across tasks.
     """
     alike = [
-        first == second for votes in pair_votes(judgments) for first, second in combinations(votes, 2) if first and second
+        first == second for votes in _votes(judgments) for first, second in combinations(votes, 2) if first and second
     ]
     return sum(alike) / len(alike) if alike else None
 
 
-def pair_votes(judgments: Iterable[Judgment]) -> Iterator[list[int]]:
+def _votes(judgments: Iterable[Judgment]) -> Iterator[list[int]]:
     """For each two texts under one prompt, in sorted order, a 1 (the first is better), 0 or -1 of each annotator."""
     votes: dict[Hashable, dict[Hashable, int]] = defaultdict(dict)
     for number, judgment in enumerate(judgments):
         unnamed = judgment.annotator == UNKNOWN_ANNOTATOR
         who: Hashable = number if unnamed else judgment.annotator
         asked = judgment.task_id if unnamed else ""
-        for first, second, vote in _pairs(judgment):
+        for first, second, vote in ordered_pairs(judgment):
             votes[judgment.prompt_id, asked, first, second][who] = vote
     return (list(of_pair.values()) for of_pair in votes.values())
 
 
-def _pairs(judgment: Judgment) -> Iterator[tuple[str, str, int]]:
+def ordered_pairs(judgment: Judgment) -> Iterator[tuple[str, str, int]]:
+    """Each two texts, in sorted order, with 1 if the first is better, 0 for a tie, -1 if the second is."""
     ranked = sorted(zip(judgment.texts, judgment.ranks, strict=True))
     for (first, a), (second, b) in combinations(ranked, 2):
         if first != second:
