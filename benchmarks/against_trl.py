@@ -71,7 +71,7 @@ def measure(options: Options) -> Measured:
         ways[f"matmul {precision}"] = lambda p=precision: _matmul_flops(p, options, work)
         ways[f"this project, {precision}"] = lambda p=precision: _ours(options, work, folders, p)
         ways[f"TRL, {precision}"] = lambda p=precision: _trl(work, folders, p)
-    found: dict[str, list[Any]] = interleaved(ways, options.size(3, 1))
+    found: dict[str, list[Any]] = interleaved(ways, options.size(2, 1))
     rates = {precision: found.pop(f"matmul {precision}") for precision in PRECISIONS}
     figures = [
         *_speeds(found, work, native=native),

@@ -4,22 +4,23 @@ The real sentences' run (`rlhf run configs/movie-reviews.toml`) has made policy,
 every estimator starts a PPO run of its own, with the same settings, seed and number of completions in a step. Those
 that compare a prompt's completions get four of a quarter of the prompts. Snapshots along each run are measured on the
 held-out prompts: the judge's gain over the initial policy against KL, read between snapshots at the same KL for all.
-What a step takes is measured apart, in short runs in turn. A finished run is not repeated.
+The runs are one after the other, so a machine that does something else meanwhile wrongs one of them. A finished run is
+not repeated.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from statistics import median
 
-from harness.bench import Figure, Measured, Options, interleaved, main, say
-from harness.demo import DEMO, MODELS_RUN, make_models, rlhf_run, run_ppo
+from harness.bench import Figure, Measured, Options, main, say
+from harness.demo import DEMO, MODELS_RUN, make_models, rlhf_run
 from harness.machine import ROOT
 from rlhf.evaluate.results import Point, read_evaluation, read_frontier
-from rlhf.settings.loader import load_settings, with_overrides
+from rlhf.settings.loader import load_settings
 from rlhf.settings.paths import RunPaths
 from rlhf.settings.run import Settings
 from rlhf.supervisor.group import child_environment
@@ -46,9 +47,7 @@ def measure(options: Options) -> Measured:
         say(f"  {name}")
         _run(settings)
     figures = [figure for name, settings in runs.items() for figure in _quality(name, settings)]
-    steps = options.size(6, 2)
-    times = interleaved({name: _timed(settings, steps) for name, settings in runs.items()}, options.size(3, 1))
-    figures += [Figure(f"{name}: a step", "s", values, headline=True) for name, values in times.items()]
+    figures += [Figure(f"{name}: a step", "s", _steps_s(settings), headline=True) for name, settings in runs.items()]
     one = runs["gae"]
     setup = {
         "steps": one.ppo.steps,
@@ -73,6 +72,7 @@ def _settings(options: Options, base: RunPaths, name: str) -> Settings:
         "critic.model": base.reward_model,
         "ppo.prompts": base.prompts,
         "ppo.estimator": name,
+        "ppo.steps": 40,
         "ppo.batch_prompts": options.size(128, 8) // completions,
         "ppo.completions": completions,
         "evaluate.reward_model": base.reward_model,
@@ -90,19 +90,6 @@ def _settings(options: Options, base: RunPaths, name: str) -> Settings:
     return load_settings(files=[file], overrides=[f"{key}={value}" for key, value in own.items()])
 
 
-def _timed(settings: Settings, steps: int) -> Callable[[], float]:
-    """Median seconds of a step in a run of so many, without the first, in which the services warm up."""
-    short = {"run.name": f"timed-{settings.run.name}", "run.stages": '["ppo"]', "ppo.steps": steps}
-    short |= {"ppo.snapshot_every": 0, "ppo.checkpoint_every": 10**6}
-    timed = with_overrides(settings, [f"{key}={value}" for key, value in short.items()])
-
-    def run() -> float:
-        rows = run_ppo(timed, lambda pids: None)[1:]
-        return median(sum(row[f"seconds_{phase}"] for phase in PHASES) for row in rows)
-
-    return run
-
-
 def _run(settings: Settings) -> None:
     settings.paths.folder.mkdir(parents=True, exist_ok=True)
     config = settings.paths.folder / "config.json"
@@ -110,6 +97,12 @@ def _run(settings: Settings) -> None:
     with (settings.paths.folder / "bench.log").open("a") as log:
         environment = child_environment(os.environ)
         subprocess.run(rlhf_run(config), stdout=log, stderr=log, env=environment, timeout=TIMEOUT_S, check=True)
+
+
+def _steps_s(settings: Settings) -> list[float]:
+    """Of each step but the first, in which the services warm up."""
+    rows = [json.loads(line) for line in settings.paths.metrics.read_text().splitlines()]
+    return [sum(row[f"seconds_{phase}"] for phase in PHASES) for row in rows[1:]]
 
 
 def _quality(name: str, settings: Settings) -> list[Figure]:
