@@ -78,6 +78,8 @@ def test_ties_are_not_compared() -> None:
 def test_nobody_is_compared_with_themselves() -> None:
     again = replace(judged("x", (3, 2, 1)), judgment_id="2", task_id="2")
     assert pairwise_agreement([judged("x", (1, 2, 3)), again]) is None
+    # Two equal completions in one ranking make no second opinion.
+    assert pair_agreement_alpha([judged("x", (1, 2, 2), "abb")]) is None
 
 
 def test_annotators_without_a_name_are_different_people_within_a_task_alone() -> None:

@@ -219,7 +219,7 @@ def _from_row(row: Row) -> Judgment:
         ranks=_whole_numbers(row, "ranks"),
         order_shown=_whole_numbers(row, "order_shown"),
         annotator=row.text("annotator"),
-        source="simulated" if _is_old(row) else cast(Source, row.text("source")),
+        source=_old_source(row) if _is_old(row) else cast(Source, row.text("source")),
         p_select=_optional(row, "p_select", (int, float), "a number or null", None),
         strength=_optional(row, "strength", int, "a whole number or null", None),
         flags=_flags(row),
@@ -233,6 +233,11 @@ def _from_row(row: Row) -> Judgment:
 
 def _is_old(row: Row) -> bool:
     return "prompt_index" in row.fields and "task_id" not in row.fields
+
+
+def _old_source(row: Row) -> Source:
+    """`rlhf rank` wrote those of its own annotators; of all others it is not known why they were asked."""
+    return "simulated" if row.text("annotator").startswith(("simulated-", "noise-free")) else "imported"
 
 
 def _completion(row: Row, value: object, version: str) -> CompletionShown:
