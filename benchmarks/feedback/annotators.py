@@ -3,9 +3,9 @@
 Twenty annotators, 60 rankings of four completions each, 400 prompts, ten seeds. For one seed every way sees the same
 prompts, tastes and assignments, so differences are paired; `checks` in the result has their means with 95 % intervals.
 
-Bad annotators: six of the twenty turn their rankings upside down, click at random, or do what no model here assumes (err
-more on harder prompts, read half of what they rank and leave the rest as shown). Beside the model of annotators: plain
-Plackett-Luce on all-clean labels of the same budget, and naive Bradley-Terry on the same labels.
+Bad annotators: six of the twenty turn their rankings upside down, click at random, or do what no model here assumes
+(err more on harder prompts, read half of what they rank and leave the rest as shown). Beside the model of annotators:
+plain Plackett-Luce on all-clean labels of the same budget, and naive Bradley-Terry on the same labels.
 
 Minority: six of twenty have a taste of their own, three click at random. Four gold rankings and four repeats each.
 """
@@ -18,9 +18,9 @@ sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+
 from feedback.world import accuracy, auc, learn, make, verdicts  # noqa: E402
 from harness.bench import Figure, Measured, Options, main, say  # noqa: E402
-
 from rlhf.preference.reliability import BAD  # noqa: E402
 
 PEOPLE, BAD_PEOPLE = 20, 6

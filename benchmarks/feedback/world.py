@@ -1,8 +1,8 @@
 """People who rank completions, and a small neural reward model that learns from them.
 
-A completion is 24 numbers. Tastes are random functions of them, half linear and half through eight tanh units; a minority
-has a taste drawn by itself. The reward model is a network of one hidden layer, 48 wide, over the same numbers, trained on
-all rankings at once; losses, models of annotators, simulated annotators and evidence are the product's own.
+A completion is 24 numbers. Tastes are random functions of them, half linear and half through eight tanh units; a
+minority has a taste drawn by itself. The reward model is a network of one hidden layer, 48 wide, over the same numbers,
+trained on all rankings at once; losses, models of annotators, simulated annotators and evidence are the product's own.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Learnt:
 
 
 def make(kinds: Sequence[str], per: int, prompts: int, seed: int) -> World:
-    """Every annotator ranks `per` prompts. For one seed the prompts, tastes and who ranks what are the same whatever the
-    kinds are."""
+    """Every annotator ranks `per` prompts. For one seed the prompts, tastes and who ranks what are the same whatever
+    the kinds are."""
     rng = np.random.default_rng([seed, 0])
     features, test = _completions(prompts, rng), _completions(500, rng)
     tastes = [_taste(rng) for _ in range(2)]

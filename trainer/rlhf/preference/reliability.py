@@ -30,7 +30,7 @@ SURE = 0.8
 _STEPS = 2000
 """In which an interval is found."""
 RATES: Mapping[str, Mapping[str, tuple[float, float]]] = {
-    "fit": {"honest": (8, 2), "dissenting": (4, 4), "random": (40, 40), "adversarial": (2, 8)},
+    "fit": {"honest": (16, 4), "dissenting": (4, 4), "random": (40, 40), "adversarial": (2, 8)},
     "gold": {"honest": (9, 1), "dissenting": (9, 1), "random": (40, 40), "adversarial": (1, 9)},
     "repeats": {"honest": (8, 2), "dissenting": (8, 2), "random": (40, 40), "adversarial": (8, 2)},
 }
