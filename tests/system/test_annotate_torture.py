@@ -64,8 +64,8 @@ class Torture:
         given = [part for name, value in settings.items() for part in ("--set", f"annotate.{name}={value}")]
         command = [sys.executable, "-m", "rlhf.cli.main", "annotate", *given, "--set", f"run.folder={self.folder}"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        log = (self.folder / f"server-{port}.log").open("ab")
-        self.servers[port] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        with (self.folder / f"server-{port}.log").open("ab") as log:
+            self.servers[port] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
     def start_person(self) -> None:
         who = self.free.pop(0)
@@ -75,8 +75,8 @@ class Torture:
         }  # fmt: skip
         path = self.folder / f"job-{who}.json"
         path.write_text(json.dumps(job))
-        log = (self.folder / f"person-{who}.log").open("ab")
-        self.people[who] = subprocess.Popen([sys.executable, "-S", str(CLIENT), str(path)], stdout=log, stderr=log)
+        with (self.folder / f"person-{who}.log").open("ab") as log:
+            self.people[who] = subprocess.Popen([sys.executable, "-S", str(CLIENT), str(path)], stdout=log, stderr=log)
 
     def kill_a_server(self) -> None:
         port = self.random.choice(self.ports)
@@ -155,7 +155,7 @@ def test_no_acknowledged_answer_is_lost_or_doubled(torture: Torture) -> None:
         # By work done rather than by time, so that a slow machine sees as many kills.
         if remaining < server_at and torture.both_servers_answer():
             torture.kill_a_server()
-            server_at = remaining - torture.random.randint(100, 300)
+            server_at = remaining - torture.random.randint(200, 400)
         if remaining < person_at:
             torture.kill_a_person()
             person_at = remaining - torture.random.randint(30, 90)

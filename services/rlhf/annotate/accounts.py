@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from dataclasses import dataclass
+from functools import cache
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
@@ -26,8 +27,6 @@ _WINDOW_S = 15 * 60.0
 _PER_HOST = 4
 """Times as many failures from one host as for one name: people share networks."""
 _hasher = PasswordHasher()
-_NOBODYS_HASH = _hasher.hash(secrets.token_hex(16))
-"""Checked where there is no such account, so that the time an answer takes does not tell."""
 
 
 @dataclass(frozen=True)
@@ -182,9 +181,15 @@ def _check_failures(database: Database, name: str, host: str, now: float, most: 
 
 def _is_right(account: Account | None, password: str) -> bool:
     try:
-        return _hasher.verify(_NOBODYS_HASH if account is None else account.password_hash, password[:MAX_PASSWORD])
+        return _hasher.verify(_nobodys_hash() if account is None else account.password_hash, password[:MAX_PASSWORD])
     except (VerificationError, InvalidHashError):
         return False
+
+
+@cache
+def _nobodys_hash() -> str:
+    """Checked where there is no such account, so that the time an answer takes does not tell."""
+    return _hasher.hash(secrets.token_hex(16))
 
 
 def _hash(token: str) -> str:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 from sqlalchemy import ColumnElement, Select, func, select, true, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased
 
 from rlhf.annotate.database import Database
@@ -66,11 +67,18 @@ class Store:
     def add_tasks(self, tasks: Iterable[Task]) -> list[str]:
         """Adds those that are not there yet, all or none, and returns the ids of all."""
         tasks = list(tasks)
+        try:
+            self._add_new(tasks)
+        except IntegrityError:
+            # Another process added one of them at the same moment; now it can be seen.
+            self._add_new(tasks)
+        return [task.task_id for task in tasks]
+
+    def _add_new(self, tasks: Sequence[Task]) -> None:
         with self.database.writing() as session:
             known = {id_ for ids in _batches([task.task_id for task in tasks]) for id_ in _known(session, ids)}
             new = {task.task_id: task for task in tasks if task.task_id not in known}
             session.add_all([_row(task) for task in new.values()])
-        return [task.task_id for task in tasks]
 
     def close_tasks(self, task_ids: Sequence[str]) -> None:
         """Nobody is given these any more; whoever holds one may still answer."""
