@@ -109,7 +109,7 @@ def test_without_torch() -> None:
         "import sys\n"
         "import rlhf.cli.main, rlhf.supervisor.pipeline, rlhf.queues.streams, rlhf.serving.client\n"
         "import rlhf.observe.status, rlhf.wire.messages, rlhf.settings.run, rlhf.rollouts.worker\n"
-        "import rlhf.feedback.judgments\n"
+        "import rlhf.feedback.commands\n"
         "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
         "sys.exit(', '.join(heavy) or 0)\n"
     )

@@ -61,11 +61,28 @@ def judgments(draw: st.DrawFn, most: int = 5, ties: bool = True) -> Judgment:
 
 
 def there_and_back(format_name: str, those: Sequence[Judgment], ending: str = "jsonl") -> list[Judgment]:
+    """Through a file, or a folder of Hugging Face's where there is no ending."""
     assert not any(map(problem_of, those))
     with TemporaryDirectory() as folder:
-        path = Path(folder, f"data.{ending}")
+        path = Path(folder, f"data.{ending}".rstrip("."))
         export_judgments(path, those, format_name)
         return list(import_judgments(path, format_name).judgments)
+
+
+def test_a_folder_of_hugging_faces_holds_rows_too() -> None:
+    plain = Judgment(
+        judgment_id="1",
+        task_id="1",
+        prompt="p",
+        metadata={"topic": "x"},
+        completions=(CompletionShown("a", sampling={"top_k": 5}), CompletionShown("b")),
+        ranks=(2, 1),
+        annotator="x",
+        source="random",
+    )
+    assert there_and_back("native", [plain], "") == [plain]
+    [found] = there_and_back("trl-conversational", [plain], "")
+    assert (found.texts, found.policy_version) == (("b", "a"), "unknown:data")
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "parquet"])

@@ -12,7 +12,17 @@ from rlhf.data.rows import Row, read_rows, write_json, write_parquet, write_rows
 from rlhf.errors import DataError, RlhfError, first_line
 from rlhf.feedback.formats.form import Format, Options, ordered
 from rlhf.feedback.formats.table import format_named
-from rlhf.feedback.judgments import UNKNOWN_ANNOTATOR, BadRows, Judgment, OnBad, checked, write_judgments
+from rlhf.feedback.judgments import (
+    UNKNOWN_ANNOTATOR,
+    BadRows,
+    Judgment,
+    OnBad,
+    as_columns,
+    checked,
+    columns,
+    write_judgments,
+)
+from rlhf.models.folders import replacing_folder
 
 
 @dataclass(frozen=True)
@@ -60,9 +70,10 @@ def dataset_of(source: str | Path) -> str:
 def export_judgments(
     path: Path, judgments: Sequence[Judgment], format_name: str, options: Options | None = None, sha256: str = ""
 ) -> int:
-    """Writes `.jsonl`, `.jsonl.gz`, `.parquet` or, for tools that read nothing else, `.json`; returns the rows.
+    """Writes `.jsonl`, `.jsonl.gz`, `.parquet`, `.json` (for tools that read nothing else) or, without an ending,
+    a folder for `datasets.load_from_disk`; returns the number of rows.
 
-    Beside the file goes `<path>.card.md`, which says what was derived from what.
+    Beside it goes `<path>.card.md`, which says what was derived from what.
 
     Raises:
         SettingsError: no such format.
@@ -70,10 +81,12 @@ def export_judgments(
     """
     form = format_named(format_name, to="write")
     assert form.write is not None
-    if format_name == "native":
-        rows = write_judgments(path, judgments)
-    else:
+    if format_name != "native":
         rows = _write(path, list(form.write(judgments, options or Options())))
+    elif not path.suffix:
+        rows = _write_dataset(path, list(map(as_columns, judgments)), columns())
+    else:
+        rows = write_judgments(path, judgments)
     card = path.with_name(path.name + ".card.md")
     card.write_text(_card(path, judgments, form, rows, sha256), encoding="utf-8")
     return rows
@@ -124,7 +137,19 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> int:
         raise DataError("would hold nothing: there is no judgment that this format can hold", path=path)
     if path.name.endswith(".parquet"):
         return write_parquet(path, rows)
+    if not path.suffix:
+        return _write_dataset(path, rows)
     return write_json(path, rows) if path.suffix == ".json" else write_rows(path, rows)
+
+
+def _write_dataset(folder: Path, rows: Sequence[Mapping[str, Any]], schema: Any = None) -> int:
+    import datasets
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    with replacing_folder(folder) as tmp:
+        datasets.Dataset(datasets.table.InMemoryTable(table)).save_to_disk(str(tmp))
+    return len(rows)
 
 
 def _card(path: Path, judgments: Sequence[Judgment], form: Format, rows: int, sha256: str) -> str:

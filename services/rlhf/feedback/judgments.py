@@ -107,10 +107,9 @@ def write_judgments(path: Path, judgments: Iterable[Judgment]) -> int:
         DataError: the name ends in none of these.
         StorageError: as `write_rows`.
     """
-    rows = map(asdict, judgments)
     if path.name.endswith(".parquet"):
-        return write_parquet(path, map(_flat, rows), _parquet_schema())
-    return write_rows(path, rows)
+        return write_parquet(path, map(as_columns, judgments), columns())
+    return write_rows(path, map(asdict, judgments))
 
 
 def read_judgments(source: str | Path, on_bad: OnBad = "stop") -> list[Judgment]:
@@ -301,7 +300,10 @@ def _object(row: Row, name: str, value: object, kind: type | tuple[type, ...], n
     return found
 
 
-def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+def as_columns(judgment: Judgment) -> dict[str, Any]:
+    """The row as `columns` has it: fields without a fixed set of names are JSON texts."""
+    fields = asdict(judgment)
+
     def text(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
@@ -309,8 +311,8 @@ def _flat(fields: dict[str, Any]) -> dict[str, Any]:
     return {**fields, "metadata": text(fields["metadata"]), "completions": shown}
 
 
-def _parquet_schema() -> Any:
-    """Stated, because Arrow would guess another from a file whose optional fields are all empty."""
+def columns() -> Any:
+    """The `pyarrow.Schema`, stated because Arrow would guess another where optional fields are all empty."""
     import pyarrow as pa
 
     text, whole = pa.string(), pa.int64()

@@ -21,7 +21,7 @@ class FeedbackSettings(Section):
     on_bad: Literal["stop", "skip"] = "stop"
     """What a row that cannot be used does: stop the import, or be named and left out."""
     out: Path | None = None
-    """File to export to: .jsonl, .jsonl.gz, .parquet or .json."""
+    """What to export to: a file (.jsonl, .jsonl.gz, .parquet, .json), or a folder for datasets.load_from_disk."""
     prompt_key: str = "prompt"
     """Name of the prompt in OpenRLHF's form."""
     chosen_key: str = "chosen"
