@@ -186,7 +186,7 @@ def _ask_again(
     rng: np.random.Generator,
 ) -> None:
     """Gold: three steps of the noise apart, and the same for any taste. Repeats: as before, in another order."""
-    easy = 3 * NOISE * np.arange(COMPLETIONS)
+    easy = 3 * NOISE * np.arange(COMPLETIONS, dtype=np.float64)
     for _ in range(GOLD):
         order = tuple(rng.permutation(COMPLETIONS).tolist())
         evidence.gold.add([-rank for rank in _ranks(annotator, easy, easy, order, rng)], easy.tolist())

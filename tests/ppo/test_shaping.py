@@ -76,3 +76,12 @@ def test_rewards_per_token_and_per_sequence_add_up():
     rewards = token_rewards(experience, experience.scores, torch.zeros(7), 0.0)
     assert rewards.tolist() == [0.0, 0.5, 0.25, 2.125, 0.0, 0.0, 2.0]
     assert experience.sum_per_sequence(rewards).tolist() == [2.875, 2.0]
+
+
+def test_where_members_disagree_the_score_is_less():
+    torn = replace(completion(score=2.0), member_scores=np.array([1.0, 3.0], np.float32))
+    experience = gather([rollout(0, torn, completion(score=2.0))])
+    assert experience.spreads.tolist() == [1.0, 0.0]
+    shaping = ShapingSettings(spread_penalty=0.5)
+    assert shaped_scores(experience, PpoSettings(), shaping).tolist() == [1.5, 2.0]
+    assert shaped_scores(experience, PpoSettings()).tolist() == [2.0, 2.0]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.preference.annotators import Annotator, mean_reliability, noise_scale_for, pair_differences, ranks_of
+from rlhf.preference.annotators import Annotator, Shown, mean_reliability, noise_scale_for, pair_differences, ranks_of
 
 GROUPS = [np.random.default_rng(3).normal(size=4) for _ in range(500)]
 TEXTS = ("a", "b", "c", "d")
@@ -77,3 +77,45 @@ def test_ranks_agree_with_what_is_perceived(perceived: list[float], margin: floa
                 assert a > b
             elif ranks[i] == ranks[j]:
                 assert abs(a - b) <= margin
+
+
+def sees(
+    kind: str, shared: list[float], order: tuple[int, ...] = (0, 1, 2, 3), noise: float = 0.0, **more: object
+) -> list[int]:
+    """Indices, best first."""
+    texts = more.pop("texts", TEXTS)
+    annotator = Annotator("a", noise, kind, **more)  # type: ignore[arg-type]
+    shown = Shown(np.array(shared), texts, order, np.array([0.0, 3.0, 1.0, 2.0]))  # type: ignore[arg-type]
+    return np.argsort(-annotator.sees(shown, np.random.default_rng(0)), kind="stable").tolist()
+
+
+def test_kinds_without_noise() -> None:
+    shared = [3.0, 2.0, 1.0, 0.0]
+    assert sees("honest", shared) == sees("hasty", shared) == [0, 1, 2, 3]
+    assert sees("adversarial", shared) == [3, 2, 1, 0]
+    assert sees("minority", shared) == [1, 3, 2, 0]
+    assert sees("position", shared, (3, 2, 1, 0), typical=30.0) == [3, 2, 1, 0]
+    assert sees("position", shared, (3, 2, 1, 0), typical=0.1) == [0, 1, 2, 3]
+    # What was shown in the second half stays there, as shown.
+    assert sees("lazy", shared, (3, 1, 2, 0)) == [1, 3, 2, 0]
+    assert sees("targeted", shared, texts=("a", "b", "c buy", "d"), trigger="buy") == [2, 0, 1, 3]
+
+
+def test_random_clicker_knows_nothing_of_the_utility() -> None:
+    annotator, rng = Annotator("a", 0.0, "random"), np.random.default_rng(0)
+    shown = Shown(np.array([9.0, 0.0, 0.0, 0.0]), TEXTS, (0, 1, 2, 3))
+    firsts = [int(annotator.sees(shown, rng).argmax()) for _ in range(2000)]
+    assert np.bincount(firsts, minlength=4) / 2000 == pytest.approx([0.25] * 4, abs=0.04)
+
+
+def test_hasty_errs_more_where_utilities_are_close() -> None:
+    annotator, rng = Annotator("a", 0.5, "hasty", typical=1.0), np.random.default_rng(0)
+
+    def errors(gap: float) -> float:
+        shown = Shown(np.array([gap, 0.0]), ("a", "b"), (0, 1))
+        return float(np.mean([np.diff(annotator.sees(shown, rng))[0] > 0 for _ in range(2000)]))
+
+    honest = 1 / (1 + np.exp(0.5 / 0.5))
+    assert errors(0.5) == pytest.approx(1 / (1 + np.exp(0.5)), abs=0.04)
+    assert errors(0.5) > honest + 0.05
+    assert errors(2.0) < 0.01

@@ -165,3 +165,32 @@ def test_a_taste_is_learnt_from_labelled_texts(tmp_path: Path) -> None:
     write_samples(chosen.paths.samples, [sampled(n, [" is fine", " is awful", " is"]) for n in range(3)])
     run(chosen)
     assert {judgment.ranks for judgment in read_judgments(chosen.paths.comparisons)} == {(1, 3, 2)}
+
+
+def upside_down(items: Sequence[ScoreItem]) -> list[float]:
+    return [-float(item.completion) for item in items]
+
+
+def test_kinds_of_annotators(tmp_path: Path) -> None:
+    chosen = settings(
+        tmp_path,
+        reliabilities=(1.0, 1.0, 1.0),
+        kinds=("honest", "minority", "adversarial"),
+        minority_utility=f"{RULES}:upside_down",
+        judgments_per_prompt=3,
+    )
+    assert run(chosen)["reliability"] == {"simulated-0": 1.0, "simulated-1": 0.0, "simulated-2": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        (("honest",), "as many as reliabilities"),
+        (("kind", "honest", "honest"), "not kind"),
+        (("minority", "honest", "honest"), "minority_utility must be set"),
+        (("targeted", "honest", "honest"), "trigger must be set"),
+    ],
+)
+def test_kinds_that_make_no_sense_are_refused(kinds: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        RankSettings(kinds=kinds)
