@@ -20,13 +20,15 @@ TRL_NAMES = ("trl",)
 """Of `make bench-trl`."""
 LONG_NAMES = ("estimators",)
 """Of `make bench-estimators`."""
+FEEDBACK_NAMES = ("feedback-annotators",)
+"""Scripts in feedback/, each run by itself."""
 MARKED = re.compile(r"(<!-- bench: begin -->\n).*?(<!-- bench: end -->)", re.DOTALL)
 
 Result = dict[str, Any]
 
 
 def load(folder: Path) -> list[Result]:
-    paths = [folder / f"{name}.json" for name in (*NAMES, *LONG_NAMES, *TRL_NAMES, *GPU_NAMES)]
+    paths = [folder / f"{name}.json" for name in (*NAMES, *FEEDBACK_NAMES, *LONG_NAMES, *TRL_NAMES, *GPU_NAMES)]
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
