@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +21,7 @@ from sqlalchemy import func, select
 from rlhf.annotate.store import Store
 from rlhf.annotate.tables import Assignment, JudgmentRow, TaskRow
 from support.annotating import add_person, session_of, sqlite, task
+from support.annotation_server import AnnotationServer, is_open
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
@@ -45,32 +44,27 @@ class Torture:
             add_person(self.store, f"p{number}", now=now)
         self.sessions = [session_of(self.store, f"p{number}", now) for number in range(PEOPLE)]
         self.free = list(range(PEOPLE))
-        self.ports = [free_port(), free_port()]
-        self.servers: dict[int, subprocess.Popen[bytes]] = {}
+        self.servers: list[AnnotationServer] = []
         self.people: dict[int, subprocess.Popen[bytes]] = {}
         self.kills: Counter[str] = Counter()
 
     def begin(self) -> None:
-        for port in self.ports:
-            self.start_server(port)
+        for _ in range(2):
+            self.start_server()
         for _ in range(AT_WORK):
             self.start_person()
 
-    def start_server(self, port: int) -> None:
-        settings = {
-            "database": sqlite(self.folder), "port": port, "lease_s": LEASE_S, "submits_per_minute": 1000000,
-            "repeat_share": 0.02, "gold_share": 0,
-        }  # fmt: skip
-        given = [part for name, value in settings.items() for part in ("--set", f"annotate.{name}={value}")]
-        command = [sys.executable, "-m", "rlhf.cli.main", "annotate", *given, "--set", f"run.folder={self.folder}"]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        with (self.folder / f"server-{port}.log").open("ab") as log:
-            self.servers[port] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    def start_server(self) -> None:
+        settings = {"database": sqlite(self.folder), "lease_s": LEASE_S, "repeat_share": 0.02, "gold_share": 0}
+        server = AnnotationServer(self.folder, **settings, submits_per_minute=10**6)
+        server.start()
+        self.servers.append(server)
 
     def start_person(self) -> None:
         who = self.free.pop(0)
         job = {
-            "ports": self.ports, "session": self.sessions[who], "seed": self.random.random(), "lease_s": LEASE_S,
+            "ports": [server.port for server in self.servers],
+            "session": self.sessions[who], "seed": self.random.random(), "lease_s": LEASE_S,
             "dawdles": 0.01, "stop": str(self.folder / "stop"), "log": str(self.folder / f"acknowledged-{who}.jsonl"),
         }  # fmt: skip
         path = self.folder / f"job-{who}.json"
@@ -79,39 +73,35 @@ class Torture:
             self.people[who] = subprocess.Popen([sys.executable, "-S", str(CLIENT), str(path)], stdout=log, stderr=log)
 
     def kill_a_server(self) -> None:
-        port = self.random.choice(self.ports)
-        self.kill(self.servers[port], "server")
-        self.start_server(port)
+        server = self.random.choice(self.servers)
+        server.kill()
+        self.kills["server"] += 1
+        server.start()
 
     def both_servers_answer(self) -> bool:
         """Killed are servers that work, in the middle of it."""
-        return all(is_open(port) for port in self.ports)
+        return all(is_open(server.port) for server in self.servers)
 
     def kill_a_person(self) -> None:
         """They return later, as people do: whatever they held goes to others first."""
         who = self.random.choice(list(self.people))
-        self.kill(self.people.pop(who), "person")
-        self.free.append(who)
-        self.start_person()
-
-    def kill(self, process: subprocess.Popen[bytes], kind: str) -> None:
-        assert process.poll() is None, f"a {kind} ended by itself; see the logs"
+        process = self.people.pop(who)
+        assert process.poll() is None, (self.folder / f"person-{who}.log").read_text()
         process.send_signal(signal.SIGKILL)
         process.wait(10)
-        self.kills[kind] += 1
+        self.kills["person"] += 1
+        self.free.append(who)
+        self.start_person()
 
     def end(self) -> None:
         (self.folder / "stop").touch()
         for process in self.people.values():
             assert process.wait(30) == 0
-        for process in self.servers.values():
-            process.send_signal(signal.SIGTERM)
-        for process in self.servers.values():
-            process.wait(30)
+        assert [server.stop() for server in self.servers] == [0, 0]
 
     def remove(self) -> None:
-        for process in [*self.servers.values(), *self.people.values()]:
-            if process.poll() is None:
+        for process in [*(server.process for server in self.servers), *self.people.values()]:
+            if process is not None and process.poll() is None:
                 process.kill()
                 process.wait(10)
         self.store.close()
@@ -120,18 +110,6 @@ class Torture:
         """A killed person's last line may be cut off: it was killed while it wrote, so it never knew."""
         logs = [path.read_text().split("\n") for path in self.folder.glob("acknowledged-*.jsonl")]
         return [json.loads(line) for lines in logs for line in lines if line.endswith("}}")]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def is_open(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(0.5)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import logging
 import random
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -78,7 +79,15 @@ def serve(settings: Settings, store: Store) -> None:
         ssl_keyfile=its.tls_key,
     )
     print(f"annotate listening on {site.url}", flush=True)
-    uvicorn.Server(config).run([listening])
+    server = uvicorn.Server(config)
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    # uvicorn drains, and then raises the signal once more; being stopped is no failure.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    server.run([listening])
 
 
 def refuse_open_listening(its: AnnotateSettings) -> None:
