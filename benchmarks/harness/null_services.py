@@ -197,7 +197,10 @@ class _Head:
         return Reading(item.token_ids, item.prompt_length, len(item.token_ids))
 
     def forward(self, readings: Sequence[Reading]) -> list[Score]:
-        return [Score(0.0, np.zeros(one.length - one.prompt_length, np.float32), np.zeros(1, np.float32)) for one in readings]
+        return [
+            Score(0.0, np.zeros(one.length - one.prompt_length, np.float32), np.zeros(1, np.float32))
+            for one in readings
+        ]
 
 
 class _Reference:
