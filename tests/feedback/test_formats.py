@@ -104,6 +104,17 @@ ONE: list[tuple[str, Row, str, tuple[str, ...], tuple[int, ...], Row]] = [
         {},
     ),
     (
+        "hh",
+        {
+            "chosen": "\n\nHuman: Hi\n\nAssistant: a\n\nHuman: And?\n\nAssistant: b",
+            "rejected": "\n\nHuman: Hi\n\nAssistant: a\n\nHuman: And?\n\nAssistant: c",
+        },
+        "\n\nHuman: Hi\n\nAssistant: a\n\nHuman: And?\n\nAssistant:",
+        (" b", " c"),
+        (1, 2),
+        {},
+    ),
+    (
         "openai",
         {
             **AXIS,

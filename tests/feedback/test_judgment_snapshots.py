@@ -18,6 +18,7 @@ from rlhf.feedback.snapshots import (
     load_snapshot,
     read_snapshot,
     snapshot_of,
+    snapshot_sha256,
     withdraw,
     write_snapshot,
 )
@@ -44,6 +45,8 @@ def test_the_hash_is_that_of_the_set(chance: random.Random) -> None:
     chance.shuffle(mixed)
     assert snapshot_of(mixed).sha256 == snapshot_of(ROWS, ["a"]).sha256
     assert len(snapshot_of(mixed).judgments) == len(ROWS)
+    chance.shuffle(rows := list(ROWS))
+    assert snapshot_sha256(rows) == snapshot_of(ROWS).sha256
 
 
 def test_every_field_counts() -> None:
