@@ -158,3 +158,32 @@ def test_a_row_that_json_cannot_hold_leaves_nothing_behind(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_rows(tmp_path / "rows.jsonl", [{"score": float("nan")}])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_json_array_is_rows_and_what_is_none_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('[{"a": 1}, 2, {"a": 3}]')
+    refused: list[DataError] = []
+    assert [row.fields for row in read_rows(path, refused.append)] == [{"a": 1}, {"a": 3}]
+    assert [str(error) for error in refused] == [f"{path}:2: a JSON object is expected, not 2"]
+    with pytest.raises(DataError, match=r"rows\.json:2: "):
+        list(read_rows(path))
+    path.write_text('{"a": 1}')
+    with pytest.raises(DataError, match="an array of objects is expected"):
+        list(read_rows(path))
+
+
+def test_what_says_something_about_a_folder_is_none_of_its_rows(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"a": 1}])
+    (tmp_path / "about.json").write_text('[{"b": 2}]')
+    assert [row.fields for row in read_rows(tmp_path)] == [{"a": 1}]
+
+
+def test_gzipped_rows_are_equal_bytes_for_equal_rows(tmp_path: Path) -> None:
+    files = [tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl.gz"]
+    for path in files:
+        assert write_rows(path, [{"a": "ü"}]) == 1
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert [row.fields for row in read_rows(files[0])] == [{"a": "ü"}]
+    with pytest.raises(DataError, match="can only be written as"):
+        write_rows(tmp_path / "a.txt", [{"a": 1}])
