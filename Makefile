@@ -34,7 +34,7 @@ test: setup ## the suite that needs nothing but pip
 test-kernels: setup ## part of make test: the kernels, in Triton's interpreter; no GPU is needed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q tests/ops --ignore tests/ops/test_ahead_of_time.py
 
-test-system: setup ## the tests that need more than pip: Debian's redis-server
+test-system: setup ## the tests that need more than pip: Debian's redis-server, postgresql, chromium
 	$(BIN)/pytest -m system
 
 # The last TRL with a PPO trainer, for comparison. Its environment stands on .venv's packages, so torch is the same one

