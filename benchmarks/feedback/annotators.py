@@ -19,7 +19,7 @@ sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from feedback.world import accuracy, auc, learn, make, verdicts  # noqa: E402
+from feedback.world import STEPS, accuracy, auc, learn, make, verdicts  # noqa: E402
 from harness.bench import Figure, Measured, Options, main, say  # noqa: E402
 from rlhf.preference.reliability import BAD  # noqa: E402
 
@@ -29,6 +29,7 @@ OURS, NAIVE = "with reliability", "naive Bradley-Terry"
 COST_AT_MOST = {"adversarial": 1.0, "random": 1.5, "none": 0.3}
 """Points of accuracy below all-clean training."""
 BEYOND = ("hasty", "lazy")
+STEPS_IF_QUICK = 20
 T_975 = {2: 12.71, 3: 4.303, 5: 2.776, 10: 2.262}
 """Student's t by number of seeds."""
 
@@ -39,25 +40,26 @@ def measure(options: Options) -> Measured:
     torch.set_num_threads(1)
     seeds = options.size(10, 2)
     sizes = {"per": options.size(60, 12), "prompts": options.size(400, 40)}
+    steps = options.size(STEPS, STEPS_IF_QUICK)
     found: Values = {}
     for seed in range(seeds):
         say(f"  seed {seed + 1}/{seeds}")
-        for name, value in {**_bad_annotators(seed, sizes), **_minority(seed, sizes)}.items():
+        for name, value in {**_bad_annotators(seed, sizes, steps), **_minority(seed, sizes, steps)}.items():
             found.setdefault(name, []).append(value)
     setup = {"seeds": seeds, "annotators": PEOPLE, "rankings_each": sizes["per"], "prompts": sizes["prompts"]}
     intervals = {name: _interval(values) for name, values in found.items()}
     return Measured([_figure(name, values) for name, values in found.items()], setup, {"torch": 1}, intervals)
 
 
-def _bad_annotators(seed: int, sizes: dict[str, int]) -> dict[str, float]:
+def _bad_annotators(seed: int, sizes: dict[str, int], steps: int) -> dict[str, float]:
     clean = make(["honest"] * PEOPLE, seed=seed, **sizes)
-    best = 100 * accuracy(learn(clean, "plackett-luce", "none", seed).rewards, clean.majority)
+    best = 100 * accuracy(learn(clean, "plackett-luce", "none", seed, steps).rewards, clean.majority)
     found = {SAME: best}
     for kind in (*COST_AT_MOST, *BEYOND):
         bad = [kind] * BAD_PEOPLE if kind != "none" else []
         world = make([*bad, *["honest"] * (PEOPLE - len(bad))], seed=seed, **sizes)
-        ours = learn(world, "plackett-luce", "reliability", seed)
-        naive = learn(world, "all-pairs", "none", seed)
+        ours = learn(world, "plackett-luce", "reliability", seed, steps)
+        naive = learn(world, "all-pairs", "none", seed, steps)
         label = f"30 % {kind}" if bad else "none bad"
         accuracies = {OURS: accuracy(ours.rewards, world.majority), NAIVE: accuracy(naive.rewards, world.majority)}
         found |= {f"{label}: {way}": 100 * value for way, value in accuracies.items()}
@@ -67,11 +69,11 @@ def _bad_annotators(seed: int, sizes: dict[str, int]) -> dict[str, float]:
     return found
 
 
-def _minority(seed: int, sizes: dict[str, int]) -> dict[str, float]:
+def _minority(seed: int, sizes: dict[str, int], steps: int) -> dict[str, float]:
     kinds = ["minority"] * 6 + ["random"] * 3 + ["honest"] * 11
     world = make(kinds, seed=seed, **sizes)
     by_way = {
-        way: learn(world, loss, model, seed)
+        way: learn(world, loss, model, seed, steps)
         for way, loss, model in (
             ("with tastes", "plackett-luce", "groups"),
             ("reliability alone", "plackett-luce", "reliability"),

@@ -27,6 +27,8 @@ NOISE = 0.45
 """Of every annotator: an honest one orders four pairs in five as its own taste does, as people do."""
 LR, DECAY, STEPS = 0.01, 6.0, 200
 """Chosen by the accuracy of plain Bradley-Terry on all-clean labels; the same for every way."""
+RANK, RIDGE = 2, 0.3
+"""The defaults of the settings."""
 GOLD, REPEATS = 4, 4
 """Rankings beside the others: of easy completions that any taste would rank alike, and of some seen before."""
 
@@ -91,16 +93,16 @@ def make(kinds: Sequence[str], per: int, prompts: int, seed: int) -> World:
     )
 
 
-def learn(world: World, loss: str, annotators: str, seed: int, rank: int = 2, ridge: float = 0.3) -> Learnt:
+def learn(world: World, loss: str, annotators: str, seed: int, steps: int = STEPS) -> Learnt:
     """
     Args:
         annotators: as the setting: "none", "reliability" or "groups".
     """
     torch.manual_seed(seed)
-    count, rank = len(world.kinds), rank if annotators == "groups" else 0
+    count, rank = len(world.kinds), RANK if annotators == "groups" else 0
     network = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1 + rank, bias=False))
-    people = Annotators(count, reliability=annotators != "none", rank=rank, ridge=ridge, lr=LR, seed=seed)
-    _train(network, people, RankingLoss(loss), world)  # type: ignore[arg-type]
+    people = Annotators(count, reliability=annotators != "none", rank=rank, ridge=RIDGE, lr=LR, seed=seed)
+    _train(network, people, RankingLoss(loss), world, steps)  # type: ignore[arg-type]
     with torch.no_grad():
         test, ranked = network(world.test), network(world.features)[:, 0]
         own = test[..., 0].expand(count, -1, -1)
@@ -136,14 +138,14 @@ def verdicts(world: World, learnt: Learnt) -> list[str]:
     return found
 
 
-def _train(network: nn.Module, people: Annotators, loss: RankingLoss, world: World) -> None:
+def _train(network: nn.Module, people: Annotators, loss: RankingLoss, world: World, steps: int) -> None:
     groups = [
         {"params": list(network.parameters()), "weight_decay": DECAY},
         {"params": [*people.parameters(), *loss.parameters()], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=LR)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    for _ in range(STEPS):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
         values = network(world.features)
         tastes = values[:, 1:][world.rankings.items] if people.rank else None
         nll = people(loss, world.rankings.utilities(values[:, 0]), tastes, world.rankings)

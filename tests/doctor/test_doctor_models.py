@@ -15,7 +15,7 @@ from rlhf.doctor.findings import Finding
 from rlhf.doctor.models import check_logprobs, check_reward, check_tokens
 from rlhf.models.adapters import add_adapter
 from rlhf.models.causal import load_causal_lm, weights_sha256
-from rlhf.models.reward import RewardModel
+from rlhf.models.ensemble import RewardEnsemble
 from rlhf.models.weights import named_weights, write_weights
 from rlhf.policy.sampler import Sampler
 from rlhf.policy.server import POLICY, SERVICES, load_engine, serving
@@ -181,13 +181,13 @@ def test_a_reward_model_that_reads_its_mask(settings: Settings) -> None:
 
 def test_a_reward_model_whose_scores_depend_on_padding(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_reward_folder(settings.paths.reward_model)
-    values = RewardModel.token_values
+    values = RewardEnsemble.token_values
 
     def with_padding(self: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """As of a model that adds up over all positions."""
-        return values(self, input_ids, attention_mask) + 0.01 * (~attention_mask).sum(1, keepdim=True)
+        return values(self, input_ids, attention_mask) + 0.01 * (~attention_mask).sum(1)[:, None, None]
 
-    monkeypatch.setattr(RewardModel, "token_values", with_padding)
+    monkeypatch.setattr(RewardEnsemble, "token_values", with_padding)
     finding = reward_finding(settings)
     assert not finding.ok
     assert "changes by 0." in finding.what
