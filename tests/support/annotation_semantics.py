@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 from sqlalchemy import func, select
 
 from rlhf.annotate.accounts import set_state
 from rlhf.annotate.answers import Answer, Conflict, Form, Receipt, skip, submit
 from rlhf.annotate.assigning import Rules, claim, renew, take_back
 from rlhf.annotate.store import Store
-from rlhf.annotate.tables import LATE, Assignment
+from rlhf.annotate.tables import LATE, Assignment, Base
 from rlhf.annotate.tasks import gold
 from rlhf.errors import Overloaded, RequestError
 from support.annotating import NOW, add_person, task
@@ -37,6 +39,10 @@ class AnnotationSemantics:
     def submit(self, store: Store, who: int, form: Form, answer: Answer = ANSWER, **others: object) -> Receipt:
         fields = {"revision": 0, "now": NOW, "per_minute": 1000, **others}
         return submit(store.database, who, form, answer, **fields)  # type: ignore[arg-type]
+
+    def test_the_migrations_make_the_tables_as_they_are_declared(self, store: Store) -> None:
+        with store.database.engine.connect() as connection:
+            assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
 
     def test_tasks_are_added_once(self, store: Store) -> None:
         first = store.add_tasks([task(0), task(1)])

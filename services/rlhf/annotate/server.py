@@ -42,7 +42,7 @@ def run(settings: Settings) -> None:
             count = write_judgments(settings.annotate.export, store.judgments())
             print(f"{count} judgments in {settings.annotate.export}")
         elif settings.annotate.invite:
-            print(_invite_link(Site(store, settings.annotate, _address(settings.annotate, settings.annotate.port))))
+            print(_link_of_a_server_elsewhere(settings.annotate, store))
         else:
             serve(settings, store)
     finally:
@@ -140,6 +140,12 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"annotate.guidelines: {path} cannot be read: {error}") from error
+
+
+def _link_of_a_server_elsewhere(its: AnnotateSettings, store: Store) -> str:
+    if its.port == 0 and not its.public_url:
+        raise SettingsError("annotate.invite: with port 0 nobody knows where the page is; give port or public_url")
+    return _invite_link(Site(store, its, _address(its, its.port)))
 
 
 def _invite_link(site: Site, role: str = "") -> str:

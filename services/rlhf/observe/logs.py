@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s {service} %(message)s"
-QUIET = ("filelock", "fsspec", "httpx", "matplotlib", "PIL", "urllib3")
+QUIET = ("alembic", "filelock", "fsspec", "httpx", "matplotlib", "PIL", "urllib3", "uvicorn")
 """Libraries that log every step of theirs at INFO."""
 
 
