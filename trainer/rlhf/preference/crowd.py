@@ -8,19 +8,19 @@ Reliability. A ranking comes from one of three kinds of judging, and each annota
 with P of whichever ranking loss, exp(-loss). For a single pair that is Crowd-BT, whose η_k is honest + random / 2: a
 random clicker is a half of each side. For rankings the mixture is per ranking, not per pair: an annotator who does not
 read turns no pairs over one by one, and a mixture of a ranking and its reverse is not random. Shares have a
-Dirichlet(4, 3/2, 3/2) prior, which Crowd-BT's Beta(4, 3/2) becomes with one more kind. Measured at equal budgets, the
+Dirichlet(4, 3/2, 3/2) prior, which Crowd-BT's Beta(4, 3/2) becomes with one more kind. Measured on three seeds, the
 mixture and Crowd-BT on all pairs are as accurate; scaling each annotator's utilities (P(ranking | s_k r)) is not.
 
 Place. An annotator adds (b + b_k) * place to what it sees, place from -1/2 (first shown) to 1/2 (last).
 
 Taste. r_k = r_0 + u_k · g(x, y), u_k of rank 2 to 8 with a ridge: people who honestly differ are no bad annotators.
 There the kinds are honest and random alone. A taste can be turned upside down like any other, so with the adversarial
-kind beside it each dissenter has two explanations that mirror each other, and half the fits end in the wrong one
-(minority accuracy 0.4 in place of 0.9). An adversary then is a taste like others, which gold items give away
+kind beside it each dissenter has two explanations that mirror each other, and fits end in the wrong one (minority
+accuracy 0.4 to 0.5 in place of 0.9, three seeds). An adversary then is a taste like others, which gold items give away
 (`reliability`).
 
 Sources: Chen et al. 2013, "Pairwise ranking aggregation in a crowdsourced setting" (Crowd-BT); Bugakova et al. 2019,
-arXiv:1907.12269 (factorBT); low-rank tastes as in Poddar et al. 2024, arXiv:2408.10075, here without an encoder.
+arXiv:1906.03711 (factorBT); low-rank tastes as in Poddar et al. 2024, arXiv:2408.10075, here without an encoder.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ K (K - 1) / 2 pairs. Each loss has its definition, a loop, and the same computed
 
 Sources: Ouyang et al. 2022, arXiv:2203.02155, section 3.1 (all pairs of one prompt together); Liu et al. 2024,
 arXiv:2410.05328, on what leaving ties out does to strengths; Touvron et al. 2023, arXiv:2307.09288, equation 2
-(margin); Wang et al. 2024, arXiv:2410.01257, section 3.2 (scaled Bradley-Terry).
+(margin); Wang et al. 2024, arXiv:2410.01257 (scaled Bradley-Terry).
 """
 
 from __future__ import annotations

@@ -10,13 +10,12 @@ denominators let each of the m choices find the others of the block gone by equa
 
 - The exact form, the mean of the likelihood over the m! orders, costs m! or 2^m terms, and says nothing of the tied:
   two completions that are all there is have likelihood 1/2 whatever their utilities. An annotator who ties means that
-  they are alike. Efron's form is the exact one's value where the tied utilities are equal, and has its maximum there.
-- Breslow's form (no shares taken off) is not that value: the larger the block, the further it falls short, and it
-  pushes a tied block down against what lies below it.
+  they are alike. Efron's form has the exact one's value where the tied utilities are equal, and pulls them together.
+- Breslow's form (no shares taken off) falls short of that value, the further the larger the block.
 - Of two tied completions it is -log σ(Δ) - log σ(-Δ) - log 2: Rao and Kupper's tie as their threshold goes to 0.
 
 Sources: Plackett 1975, "The analysis of permutations"; Luce 1959; Efron 1977, "The efficiency of Cox's likelihood
-function for censored data", section 6 (Cox' partial likelihood and this one are the same function).
+function for censored data" (Cox' partial likelihood and this one are the same function).
 """
 
 from __future__ import annotations
