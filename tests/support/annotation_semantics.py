@@ -204,6 +204,8 @@ class AnnotationSemantics:
         seen = Counter(each.source for each in store.judgments())
         assert seen == {"random": 3, "gold": 1, "repeat": 2}
         assert store.gold() == {f"{task(9).task_id}:gold": (1, 2, 3)}
+        [settled] = [each for each in store.judgments() if each.source == "gold"]
+        assert settled.metadata["gold_ranks"] == "[1, 2, 3]"
         assert store.counts().remaining == 0
 
     def test_who_withdraws_leaves_no_judgment_and_others_answer_again(self, store: Store) -> None:

@@ -8,6 +8,7 @@ store.judgments(ids)
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +22,9 @@ from sqlalchemy.orm import Session, aliased
 from rlhf.annotate.database import Database
 from rlhf.annotate.tables import DONE, HELD, LATE, WITHDRAWN, Account, Assignment, JudgmentRow, Skip, TaskRow
 from rlhf.annotate.tasks import Task
-from rlhf.feedback.judgments import CompletionShown, Judgment, Source, prompt_id_of
+from rlhf.errors import StorageError
+from rlhf.feedback.judgments import GOLD_RANKS, CompletionShown, Judgment, Source, prompt_id_of
+from rlhf.settings.run import Settings
 
 _AT_ONCE = 500
 """Ids in one query; databases bound how many a query may hold."""
@@ -118,6 +121,18 @@ class Store:
             return Counts(*map(sum, columns)) if parts else Counts(0, 0, 0, 0, 0, 0, 0)
 
 
+def open_store(settings: Settings) -> Store:
+    """The run's store, made if it is not there."""
+    url = settings.annotate.database
+    if not url:
+        try:
+            settings.paths.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{settings.paths.folder} cannot be made: {error.strerror}") from error
+        url = f"sqlite:///{settings.paths.annotations.absolute()}"
+    return Store(url)
+
+
 def judgment_of(row: JudgmentRow, pseudonym: str) -> Judgment:
     """A row in the native form."""
     assignment, task = row.assignment, row.assignment.task
@@ -126,7 +141,7 @@ def judgment_of(row: JudgmentRow, pseudonym: str) -> Judgment:
         task_id=task.id,
         prompt_id=task.prompt_id,
         prompt=task.prompt,
-        metadata=task.details,
+        metadata=task.details if task.gold_ranks is None else {**task.details, GOLD_RANKS: json.dumps(task.gold_ranks)},
         completions=tuple(CompletionShown(**each) for each in task.completions),
         ranks=tuple(row.ranks),
         order_shown=tuple(assignment.order_shown),

@@ -23,6 +23,8 @@ Source = Literal["random", "active", "gold", "repeat", "audit", "imported", "sim
 OnBad = Literal["stop", "skip"]
 SOURCES: tuple[str, ...] = get_args(Source)
 UNKNOWN_ANNOTATOR = "unknown"
+GOLD_RANKS = "gold_ranks"
+"""Key of a gold judgment's metadata: the experts' ranks as JSON, such as "[1, 2, 2]"."""
 _log = logging.getLogger(__name__)
 
 

@@ -12,12 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf.errors import DataError
-from rlhf.feedback.judgments import Judgment
+from rlhf.feedback.judgments import GOLD_RANKS, Judgment
 from rlhf.preference.reliability import BAD, Evidence
 
 Floats = NDArray[np.float64]
-GOLD_RANKS = "gold_ranks"
-"""Key of a gold judgment's metadata: the experts' ranks as JSON, such as "[1, 2, 2]"."""
 _ROUNDS = 50
 
 
