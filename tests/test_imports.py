@@ -33,6 +33,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sft": {*LOW, "data", "models", "observe", "ops"},
     "preference": {*LOW, "data", "feedback", "models", "observe", "ops", "reward", "sft"},
     "data": {*LOW, "reward", "wire"},
+    "rounds": {
+        *(
+            *LOW,
+            "annotate",
+            "data",
+            "evaluate",
+            "feedback",
+            "models",
+            "observe",
+            "ppo",
+            "preference",
+            "queues",
+            "reward",
+        ),
+        *("rollouts", "serving", "v1", "wire"),
+    },
     "evaluate": {*LOW, "data", "models", "observe", "ops", "policy", "reference", "reward", "wire"},
     "doctor": {*LOW, "data", "models", "observe", "ppo", "queues", "reward", "serving", "supervisor", "v1", "wire"},
 }
@@ -86,7 +102,7 @@ def test_directions(package: str) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("package", ["ppo", "sft", "preference", "evaluate", "models", "data"])
+@pytest.mark.parametrize("package", ["ppo", "sft", "preference", "evaluate", "models", "data", "rounds"])
 def test_the_trainer_never_imports_a_server(package: str) -> None:
     for path in files(package):
         names = set(imported(path.read_text(encoding="utf-8")))

@@ -25,6 +25,7 @@ from rlhf.policy.settings import PolicySettings
 from rlhf.reference.requests import Item
 from rlhf.reference.server import SERVICE as REFERENCE
 from rlhf.reference.server import ReferenceServicer
+from rlhf.reward.exchange import InService, Loaded
 from rlhf.reward.requests import TokenItem
 from rlhf.reward.scorer import About, ModelScorer, Reading, Score
 from rlhf.reward.server import SERVICE as REWARD
@@ -108,11 +109,12 @@ async def _serve_until_closed(model: NullModel, parent: Connection) -> None:
     async def reward(server: Server) -> AsyncIterator[None]:
         worker, settings = WorkerThread("reward"), Settings().reward
         scorer = ModelScorer(cast("RewardHead", _Head(model)), worker, _limits(settings.max_delay_ms))
-        async with scorer.batcher.running(server.fail):
-            server.register(reward_pb2_grpc.add_RewardServiceServicer_to_server, RewardServicer(scorer, Settings()))
-            await server.set_ready(REWARD, True)
-            yield
-        worker.close()
+        in_service = InService(Loaded(scorer, worker), server.fail)
+        await in_service.begin()
+        server.register(reward_pb2_grpc.add_RewardServiceServicer_to_server, RewardServicer(in_service, settings))
+        await server.set_ready(REWARD, True)
+        yield
+        await in_service.end()
 
     @asynccontextmanager
     async def reference(server: Server) -> AsyncIterator[None]:

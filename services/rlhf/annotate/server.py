@@ -18,11 +18,11 @@ from rlhf.annotate import guidelines
 from rlhf.annotate.accounts import has_lead, invite
 from rlhf.annotate.app import create_app
 from rlhf.annotate.settings import AnnotateSettings
-from rlhf.annotate.store import Store
+from rlhf.annotate.store import Store, open_store
 from rlhf.annotate.tasks import Task
 from rlhf.annotate.web import Site
 from rlhf.data.samples import Sampled, read_samples
-from rlhf.errors import MachineError, PortInUse, SettingsError, StorageError
+from rlhf.errors import MachineError, PortInUse, SettingsError
 from rlhf.feedback.judgments import CompletionShown, write_judgments
 from rlhf.settings.run import Settings
 
@@ -47,18 +47,6 @@ def run(settings: Settings) -> None:
             serve(settings, store)
     finally:
         store.close()
-
-
-def open_store(settings: Settings) -> Store:
-    """The run's store, made if it is not there."""
-    url = settings.annotate.database
-    if not url:
-        try:
-            settings.paths.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"{settings.paths.folder} cannot be made: {error.strerror}") from error
-        url = f"sqlite:///{settings.paths.annotations.absolute()}"
-    return Store(url)
 
 
 def serve(settings: Settings, store: Store) -> None:
@@ -129,7 +117,7 @@ def _prepare(settings: Settings, store: Store) -> None:
     guidelines.publish(store.database, guidelines.BUILT_IN, 0.0)
     if its.guidelines is not None:
         guidelines.publish(store.database, _text(its.guidelines), now)
-    source = its.tasks or (settings.paths.samples if settings.paths.samples.exists() else None)
+    source = its.tasks or (settings.paths.samples if its.samples and settings.paths.samples.exists() else None)
     if source is not None:
         ids = store.add_tasks(tasks_from_samples(read_samples(source), its))
         log.info("%d tasks of %s", len(ids), source)

@@ -28,6 +28,9 @@ class AnnotateSettings(Section):
     """SQLAlchemy URL, such as postgresql+psycopg://user@host/name. Empty: SQLite, annotate.db in the run's folder."""
     tasks: Path | None = None
     """JSONL of completions to rank, as `rlhf sample` writes it. None: the run's samples, where there are any."""
+    samples: bool = True
+    """Ask about the run's samples, where `tasks` names no others. `rlhf run` turns it off for rounds of feedback, which
+    bring their own tasks."""
     need: PositiveInt = 1
     """How many people rank each of these."""
     overlap: float = Field(default=0.2, ge=0, le=1)

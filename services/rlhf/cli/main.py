@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse(argv)
         configure_logging(arguments.verb.name)
         settings = _settings(arguments)
-        if arguments.verb.kind == "stage":
+        if arguments.verb.kind == "stage" or arguments.verb.name == "rounds":
             log = settings.paths.logs / f"{arguments.verb.name}.log"
         configure_logging(_service(arguments.verb, settings), file=log)
         _run(arguments, settings, started_s)

@@ -45,6 +45,20 @@ def _feedback(name: str, function: str, kind: Literal["look", "tool"], help: str
     )
 
 
+_ROUNDS = (
+    *(
+        "rounds",
+        "prompts",
+        "candidates",
+        "completions",
+        "random_share",
+        "active",
+        "audit_pairs",
+        "people",
+        "deadline_s",
+    ),
+    *("hold", "promote_margin", "threads", "nice", "seed"),
+)
 _KEYS = ("prompt_key", "chosen_key", "rejected_key", "tokenizer")
 VERBS: tuple[Verb, ...] = (
     Verb("demo", "rlhf.supervisor.pipeline", "run", "all three steps in a small synthetic world", "run"),
@@ -106,8 +120,29 @@ VERBS: tuple[Verb, ...] = (
         (
             *("critic", "kl", "shaping", "sampling", "run.model", "policy.model", "policy.in_flight"),
             *("reward.model", "reward.rule", "reference.model", "run.deterministic"),
+            *(f"feedback.{name}" for name in _ROUNDS if name not in ("deadline_s", "threads", "nice")),
         ),
         regardless_of=("reference", "blobs"),
+    ),
+    Verb(
+        "rounds",
+        "rlhf.rounds.loop",
+        "service",
+        "steps 2 and 3: new judgments and a refreshed reward model while PPO runs",
+        "feedback",
+        ("redis", "rollouts", "rank", "reward_model"),
+        options=_ROUNDS,
+    ),
+    Verb(
+        "rounds resume",
+        "rlhf.rounds.loop",
+        "tool",
+        "let PPO go on that an audit has paused",
+        "feedback",
+        ("redis",),
+        function="resume",
+        options=("rounds",),
+        asks_redis=True,
     ),
     Verb("audit", "rlhf.ppo.audit", "look", "account for every rollout of a run", "ppo", ("redis",), asks_redis=True),
     Verb(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
 from rlhf.settings import Section
 
 
@@ -34,3 +36,36 @@ class FeedbackSettings(Section):
     """Pseudonym of the annotator to withdraw."""
     retrain: bool = False
     """Train the run's reward model again once the annotator is withdrawn."""
+    rounds: NonNegativeInt = 0
+    """Rounds of new judgments while PPO runs, at steps spread evenly over it; 0: none. Each refreshes the reward model
+    with completions of the newest policy."""
+    prompts: PositiveInt = 64
+    """Prompts whose completions are judged in a round."""
+    candidates: float = Field(default=2.0, ge=1)
+    """Prompts that are sampled for each of these; the reward model's members say which are worth asking about."""
+    completions: int = Field(default=4, ge=2, le=9)
+    """Completions of each prompt."""
+    random_share: float = Field(default=0.3, gt=0, lt=1)
+    """Share of a round's prompts that is drawn at random and kept for measuring: the round does not train on them, the
+    next one does."""
+    active: bool = True
+    """Draw the others by how much their judgments would tell of the reward model's members (BALD). Given up for random
+    ones by itself where that was no better over two rounds, and with a single member."""
+    audit_pairs: NonNegativeInt = 32
+    """Prompts on which the newest policy is compared with that of the round before, by the same judges, blindly. 0: no
+    audit."""
+    people: bool = False
+    """People judge, on the page of `rlhf annotate`; otherwise the simulated annotators of the section `rank`."""
+    deadline_s: PositiveFloat = 604800.0
+    """A round goes on with the judgments there are, once people have had this long."""
+    hold: bool | None = None
+    """PPO waits while a round is judged and the reward model refreshed. None: if people judge."""
+    promote_margin: NonNegativeFloat = 0.0
+    """A refreshed reward model is taken into service if it orders the newest policy's completions as the judges do, in
+    a share of the pairs that is less by this at most."""
+    threads: PositiveInt = 1
+    """CPU threads of a refresh, beside PPO."""
+    nice: int = Field(default=10, ge=0, le=19)
+    """How far PPO goes first, as nice(1) has it."""
+    seed: NonNegativeInt = 0
+    """Seed of the prompts, of sampling and of selection."""

@@ -12,7 +12,8 @@ def waits(beats: Sequence[Beat], prompts: QueueDepth, replicas: Sequence[Replica
     """A few sentences, the trainer's first: "the trainer waits for 12 of 64 rollouts", "worker-0 has 52 in hand: …"."""
     trainers = [beat for beat in beats if beat.service == "ppo"]
     workers = [beat for beat in beats if beat.service == "rollouts"]
-    return [*_trainer(trainers), *_workers(workers, prompts, trainers), *_policies(replicas, workers)]
+    rounds = [f"feedback: {beat.fields['doing']}" for beat in beats if beat.service == "rounds"]
+    return [*_trainer(trainers), *rounds, *_workers(workers, prompts, trainers), *_policies(replicas, workers)]
 
 
 def _trainer(trainers: Sequence[Beat]) -> list[str]:

@@ -15,6 +15,7 @@ of them, and two runs on one server never meet. `<prefix>` below is `{rlhf:<run>
     <prefix>q:<queue>:seen:<id>  string   nonce of the call that enqueued this id            `redis.dedupe_s`
     <prefix>current              hash     run_id, epoch, step, sha256, uri of the weights    with the run
     <prefix>changed              channel  wakes who waits for `current`; carries nothing     not stored
+    <prefix>paused               hash     who holds the trainer -> why                       until lifted
     <prefix>replicas             set      names that have registered                         name: until seen expired
     <prefix>replica:<name>       string   JSON of one policy replica                         `redis.lease_s`
     <prefix>beats                set      "<service>/<name>" that have reported              name: until seen expired
@@ -89,6 +90,10 @@ class RunKeys:
     @property
     def changed(self) -> str:
         return f"{self.prefix}changed"
+
+    @property
+    def paused(self) -> str:
+        return f"{self.prefix}paused"
 
     @property
     def replicas(self) -> str:

@@ -132,6 +132,19 @@ class Registry:
         stop = stop or threading.Event()
         return self._patiently(lambda: self._wait_for_change(deadline, seen, stop), stop)
 
+    def pause(self, holder: str, reason: str) -> None:
+        """Holds the trainer before its next step, until `resume`; survives everybody's restarts."""
+        self._patiently(lambda: self._client.hset(self._keys.paused, holder, reason))
+
+    def resume(self, holder: str) -> bool:
+        """Lifts one holder's pause; whether there was one."""
+        return bool(self._patiently(lambda: self._client.hdel(self._keys.paused, holder)))
+
+    def paused(self) -> dict[str, str]:
+        """Why, by holder; empty: the trainer may go on."""
+        found = cast(dict[bytes, bytes], self._patiently(lambda: self._client.hgetall(self._keys.paused)))
+        return {holder.decode(): reason.decode() for holder, reason in sorted(found.items())}
+
     def beat(self, service: str, name: str, fields: Mapping[str, Any]) -> None:
         """Reports the state of one process, for `rlhf status` and `redis.beat_file`; to be called several times per
         lease."""

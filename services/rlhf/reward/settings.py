@@ -13,6 +13,11 @@ from rlhf.settings import Compute, Listen
 class RewardSettings(Compute, Listen):
     model: Path | None = None
     """Folder of a reward model. None, and no rule: the run's reward-model/."""
+    follow: Path | None = None
+    """JSON file {"folder", "sha256"} of the model to serve, as rounds of feedback write it. It is looked at again and
+    again, and the service changes over between two calls. While there is no such file: `model`."""
+    follow_poll_s: PositiveFloat = 1.0
+    """Seconds between two looks."""
     rule: str = ""
     """A Python rule instead of a model, as `module:function`; see `rlhf.reward.rules` for its signature."""
     aggregation: Literal["mean", "worst", "mean-variance", "entropic"] = "mean"

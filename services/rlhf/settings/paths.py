@@ -147,6 +147,21 @@ class RunPaths:
         return self.folder / "tensorboard"
 
     @property
+    def rounds(self) -> Path:
+        """Step 3: rounds of feedback, one folder `<n>` each."""
+        return self.folder / "rounds"
+
+    @property
+    def reward_in_service(self) -> Path:
+        """Step 3: JSON, the refreshed reward model that the reward service holds; missing while it is the first."""
+        return self.rounds / "reward-model.json"
+
+    @property
+    def rounds_finished(self) -> Path:
+        """Step 3: there once every round is done."""
+        return self.rounds / "finished.json"
+
+    @property
     def logs(self) -> Path:
         """One file per process."""
         return self.folder / "logs"

@@ -55,7 +55,7 @@ class Settings(Section):
     annotate: AnnotateSettings = AnnotateSettings()
     """Step 2: the annotation page."""
     feedback: FeedbackSettings = FeedbackSettings()
-    """Step 2: judgments from and to files."""
+    """Judgments from and to files, and rounds of them in step 3."""
     reward_model: RewardModelSettings = RewardModelSettings()
     """Step 2: the reward model."""
     policy: PolicySettings = PolicySettings()
@@ -91,10 +91,17 @@ class Settings(Section):
                     raise ValueError(f"run.deterministic needs {name} {needed}")
         return self
 
+    @model_validator(mode="after")
+    def _rounds_refresh_a_model(self) -> Settings:
+        if self.feedback.rounds and self.reward.rule:
+            raise ValueError("feedback.rounds refreshes a reward model, and reward.rule is none; leave one of them out")
+        return self
+
     def _needed_to_be_deterministic(self) -> Iterator[tuple[str, bool, str]]:
         """Settings by name, whether they are as needed, and what is needed."""
         yield "run.workers", self.run.workers == 1, "to be 1"
         yield "ppo.max_staleness", self.ppo.max_staleness == 0, "to be 0: which weights sample would be chance"
+        yield "feedback.rounds", self.feedback.rounds == 0, "to be 0: when a refreshed reward model comes is chance"
         yield "ppo.threads", self.ppo.threads > 0, "above 0: sums depend on the number of threads"
         for name, section in (("policy", self.policy), ("reference", self.reference), ("reward", self.reward)):
             if name != "reward" or not self.reward.rule:

@@ -90,8 +90,12 @@ def stage_process(verb: str, settings: Settings) -> Process:
     return _process(verb, verb, settings, (), terminal=True)
 
 
-def group(settings: Settings) -> list[Child]:
-    """Everything that `rlhf ppo` needs, and the trainer itself at the end, called "ppo"."""
+def group(settings: Settings, *, trainer: bool = True) -> list[Child]:
+    """Everything that `rlhf ppo` needs, rounds of feedback if there are to be some, and the trainer itself at the end.
+
+    Args:
+        trainer: False: without it, because it is done and rounds are not.
+    """
     policies = [_service("policy", settings, number) for number in range(settings.run.policies)]
     reward, reference = _service("reward", settings), _service("reference", settings)
     children: list[Child] = [*policies, reward, reference]
@@ -105,8 +109,20 @@ def group(settings: Settings) -> list[Child]:
     for number in range(settings.run.workers):
         consumer = f"worker-{number}"
         children.append(_process(consumer, "rollouts", settings, _set({**addresses, "rollouts.consumer": consumer})))
-    trainer = _process("ppo", "ppo", settings, _set({"ppo.reference": reference.address}), terminal=True)
-    return [*children, trainer]
+    if settings.feedback.rounds:
+        children += _feedback(settings, addresses)
+    if trainer:
+        own = _set({"ppo.reference": reference.address})
+        children.append(_process("ppo", "ppo", settings, own, terminal=True))
+    return children
+
+
+def _feedback(settings: Settings, addresses: Mapping[str, object]) -> list[Child]:
+    """The rounds, and the page where people judge. Both speak on this terminal, to whoever has to do something."""
+    rounds = _process("rounds", "rounds", settings, _set(addresses), terminal=True)
+    if not settings.feedback.people:
+        return [rounds]
+    return [_process("annotate", "annotate", settings, _set({"annotate.samples": "false"}), terminal=True), rounds]
 
 
 def _service(section: str, settings: Settings, number: int = 0) -> Process:
@@ -122,6 +138,8 @@ def _service(section: str, settings: Settings, number: int = 0) -> Process:
     ready = partial(
         is_serving, address, SERVICES[section], tls_ca=settings.rollouts.tls_ca if listen.tls_cert else None
     )
+    if section == "reward" and settings.feedback.rounds:
+        own["reward.follow"] = settings.paths.reward_in_service.absolute()
     process = _process(name, section, settings, _set(own))
     process.ready, process.address = ready, address
     return process

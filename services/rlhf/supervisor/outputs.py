@@ -27,7 +27,7 @@ def outputs(stage: str, paths: RunPaths) -> Sequence[Path]:
         "reward-model": _trained(paths.reward_model),
         "ppo": [
             *(paths.checkpoints, paths.weights, paths.redis, paths.policy, paths.metrics, paths.trained),
-            *(paths.sample_tables, paths.snapshots, paths.history),
+            *(paths.sample_tables, paths.snapshots, paths.history, paths.rounds),
         ],
         "evaluate": [paths.evaluation, paths.frontier],
         "report": [paths.report],

@@ -72,7 +72,7 @@ class Pipeline:
     def _pass(self, verb: Verb, number: str) -> None:
         paths = self._settings.paths
         state = self.state(verb)
-        if state != "done":
+        if state != "done" or (verb.name == "ppo" and self._has_rounds_left()):
             if state == "anew":
                 clear(verb.name, paths)
             again = ", going on where it was interrupted" if state == "interrupted" else ""
@@ -101,11 +101,15 @@ class Pipeline:
         settings = self._settings
         with Supervisor(settings.run, self._signals, on_change=self._write_processes) as supervisor:
             if verb.name == "ppo":
-                for child in group(settings):
+                for child in group(settings, trainer=self.state(verb) != "done"):
                     supervisor.start(child)
             else:
                 supervisor.start(stage_process(verb.name, settings), restarts=False)
-            supervisor.run_until_done(verb.name)
+            supervisor.run_until_done(verb.name, "rounds")
+
+    def _has_rounds_left(self) -> bool:
+        """The trainer may be done before people are."""
+        return bool(self._settings.feedback.rounds) and not self._settings.paths.rounds_finished.exists()
 
     def _write_processes(self, watched: Sequence[Watched]) -> None:
         """For `rlhf status` and `rlhf doctor`."""

@@ -87,16 +87,16 @@ class Supervisor:
         while any(one.state != "ready" for one in self._watched):
             self._round()
 
-    def run_until_done(self, name: str) -> None:
-        """Returns when this child has ended with 0. Raises as `run_until_ready`."""
-        main = next(one for one in self._watched if one.child.name == name)
-        while main.state != "done":
-            self._round(main)
+    def run_until_done(self, *names: str) -> None:
+        """Returns when these children have ended with 0. Raises as `run_until_ready`."""
+        while any(one.state != "done" for one in self._watched if one.child.name in names):
+            self._round(names)
 
-    def _round(self, main: Watched | None = None) -> None:
+    def _round(self, may_end: Sequence[str] = ()) -> None:
         self._signals.check()
         for watched in self._watched:
-            self._look(watched, may_end=watched is main)
+            if watched.state != "done":
+                self._look(watched, may_end=watched.child.name in may_end)
         time.sleep(LOOK_EVERY_S)
 
     def _look(self, watched: Watched, *, may_end: bool) -> None:

@@ -30,6 +30,7 @@ class Intake:
     Args:
         timeout_s: how long no rollout may arrive while a step waits for one.
         keep_going: called about every second while waiting; raises what should end the wait.
+        hold: called before a batch is looked for; returns once the trainer may go on.
         blobs: folder of hidden states too large for a message; those of a rollout go when it is acknowledged.
     """
 
@@ -42,6 +43,7 @@ class Intake:
         consumer: str,
         timeout_s: float,
         keep_going: Callable[[], None],
+        hold: Callable[[], None] = lambda: None,
         blobs: Path | None = None,
     ) -> None:
         self.rollouts = rollouts
@@ -50,6 +52,7 @@ class Intake:
         self.consumer = consumer
         self.timeout_s = timeout_s
         self.keep_going = keep_going
+        self.hold = hold
         self.blobs = blobs
         self._blobs_of: dict[str, list[Blob]] = {}
         """By entry id: what of a delivery not acknowledged yet lies in files."""
@@ -85,6 +88,7 @@ class Intake:
             StageFailed: as many prompts as a batch has were abandoned while waiting.
         """
         self.keep_going()
+        self.hold()
         abandoned_before = len(self.ledger.abandoned)
         now = time.monotonic()
         deadline, send_again_at = now + self.timeout_s, now + SEND_AGAIN_S

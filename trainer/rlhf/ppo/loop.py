@@ -60,6 +60,7 @@ log = logging.getLogger(__name__)
 DRAIN_TIMEOUT_S = 30.0
 ORPHAN_S = 600.0
 """A blob this old belongs to nobody once the streams are empty: a worker has at most its deadlines to use it."""
+PAUSED_POLL_S = 0.5
 STOPPED = 143
 """Exit status after SIGTERM: not finished, and ready to go on."""
 
@@ -123,6 +124,7 @@ class Trainer:
             consumer=settings.ppo.consumer,
             timeout_s=settings.ppo.rollout_timeout_s,
             keep_going=self._keep_going,
+            hold=self._while_paused,
             blobs=settings.ppo.blobs or self.paths.blobs,
         )
         self.heartbeat = Heartbeat(self.registry, "ppo", settings.ppo.consumer, self._describe)
@@ -273,6 +275,17 @@ class Trainer:
             if self.intake.unacknowledged_entries:
                 self._checkpoint()
             raise SystemExit(STOPPED)
+
+    def _while_paused(self) -> None:
+        """Until whoever holds the trainer lets it go on; a person can, by `rlhf rounds resume`."""
+        while reasons := self.registry.paused():
+            reason = "; ".join(reasons.values())
+            if self.doing != f"paused: {reason}":
+                self.doing = f"paused: {reason}"
+                log.warning("paused: %s", reason)
+            self._keep_going()
+            time.sleep(PAUSED_POLL_S)
+        self.doing = "waiting for rollouts"
 
     def _describe(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,113 @@
+"""`rlhf rounds`: feedback while PPO runs, one round after the other.
+
+    PPO   ●───────── step ──▶──────────────────────●──────────────────────────────●  finished
+          │ round 0                                │ round 1                       │ last round
+          └ the initial policy on the audit's      └ newest policy ─▶ judges ─▶    └ the finished policy against that
+            prompts                                  reward model ─▶ reward          of the round before
+                                                     service; audit
+
+PPO does not wait for a round unless `feedback.hold` says so, and goes first on the CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+from rlhf.annotate.store import open_store
+from rlhf.data.prompts import read_prompts
+from rlhf.errors import RlhfError, SettingsError
+from rlhf.models.compute import set_threads
+from rlhf.models.folders import start_model, write_json
+from rlhf.models.tokenizer import load_tokenizer
+from rlhf.ppo.heartbeat import Heartbeat
+from rlhf.queues.connection import connect
+from rlhf.queues.registry import open_registry
+from rlhf.rounds.judges import Judges, People, SimulatedJudges
+from rlhf.rounds.plan import Planned, plan
+from rlhf.rounds.refresh import first_model
+from rlhf.rounds.round import Round, Tools
+from rlhf.rounds.sampling import Sampler
+from rlhf.serving.client import call_sync, connect_sync
+from rlhf.settings.run import Settings
+from rlhf.v1 import reward_pb2, reward_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.2
+
+
+def run(settings: Settings) -> None:
+    """Goes through all rounds, from where an earlier process was.
+
+    Raises:
+        SettingsError, ModelError: there are no rounds to make, or no reward model to refresh.
+        RlhfError: what a round raises.
+    """
+    if not settings.feedback.rounds:
+        raise SettingsError("feedback.rounds is 0, so there is nothing to do; set it to the number of rounds")
+    first_model(settings)
+    os.nice(settings.feedback.nice)
+    set_threads(settings.feedback.threads)
+    Loop(settings).run()
+
+
+def resume(settings: Settings) -> None:
+    """Lets PPO go on that an audit has paused."""
+    registry = open_registry(connect(settings), settings.run.name, settings.redis)
+    lifted = [reason for holder, reason in registry.paused().items() if registry.resume(holder)]
+    print("\n".join(f"lifted: {reason}" for reason in lifted) or f"nothing holds run {settings.run.name}")
+
+
+class Loop:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._doing = "starting"
+        self._registry = open_registry(connect(settings), settings.run.name, settings.redis)
+        self._heartbeat = Heartbeat(self._registry, "rounds", "rounds", lambda: {"doing": self._doing})
+
+    def run(self) -> None:
+        settings = self._settings
+        tokenizer = load_tokenizer(settings.ppo.model or start_model(settings))
+        prompts = read_prompts(settings.ppo.prompts or settings.paths.prompts)
+        self._heartbeat.start()
+        try:
+            tools = Tools(
+                settings, Sampler(settings, tokenizer), self._judges(), self._registry, self._in_service, self._tell
+            )
+            for planned in plan(prompts, settings.feedback, settings.ppo.steps):
+                if not (one := Round(tools, planned)).done:
+                    self._wait_for(planned)
+                    one.run()
+            write_json(settings.paths.rounds_finished, {"rounds": settings.feedback.rounds})
+        finally:
+            self._heartbeat.stop()
+
+    def _judges(self) -> Judges:
+        if self._settings.feedback.people:
+            return People(open_store(self._settings), self._settings.feedback.deadline_s)
+        return SimulatedJudges.of(self._settings)
+
+    def _wait_for(self, planned: Planned) -> None:
+        """Until PPO has published the round's step. As long as that takes: the trainer has its own deadlines."""
+        self._tell(f"round {planned.number} begins at step {planned.step}")
+        while (current := self._registry.current()) is None or current.version.step < planned.step:
+            time.sleep(POLL_S)
+
+    def _in_service(self) -> str:
+        its = self._settings.rollouts
+        with connect_sync(its.reward, token_file=its.token_file, tls_ca=its.tls_ca) as channel:
+            stub = reward_pb2_grpc.RewardServiceStub(channel)
+            try:
+                return str(call_sync(stub.Info, reward_pb2.RewardInfoRequest(), timeout_s=5.0).model_sha256)
+            except RlhfError as error:
+                if not error.retryable:
+                    raise
+                log.info("the reward service is asked again: %s", error)
+                return ""
+
+    def _tell(self, doing: str) -> None:
+        if doing != self._doing:
+            log.info(doing)
+        self._doing = doing
