@@ -22,6 +22,8 @@ def repeatable(folder, *, deterministic=True):
         "policy": {**threads, "max_sequences": 16, "max_batch_tokens": 512},
         "reward": {**threads, "rule": "", "model": str(tiny_reward_folder(folder / "reward"))},
         "reference": threads,
+        # So that hidden states must be the same bits too; log-probs alone are in the run that trains an adapter.
+        "kl": {"estimator": "exact"},
         "ppo": {"steps": STEPS, "batch_prompts": 8, "completions": 2, "epochs": 2, "checkpoint_every": 2},
     }
     return Run(folder, sections=sections)
