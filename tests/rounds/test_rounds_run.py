@@ -62,7 +62,8 @@ def test_a_killed_round_goes_on_and_exchanges_the_reward_model(tmp_path):
     finally:
         running.kill()
     one = figures(run, 1)
-    assert one["promoted"] and one["chosen_by"] == "bald", one
+    assert one["promoted"], one
+    assert one["chosen_by"] == "bald", one
     assert 0 < one["policy_step"] < 20
     assert one["heldout"] == 4
     folder = run.paths.rounds / "1"

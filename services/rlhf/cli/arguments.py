@@ -41,6 +41,8 @@ class Arguments:
     """From `section.field` to text."""
     fresh: bool = False
     """Start the run over."""
+    annotate: bool = False
+    """People judge in the demo."""
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -89,8 +91,9 @@ def _parse_verb(verb: Verb, argv: Sequence[str]) -> Arguments:
     files = [Path(one) for one in given.pop("files")]
     if verb.name == "run":
         files.insert(0, Path(given.pop("positional_config")))
-    fresh, overrides = given.pop("fresh", False), tuple(given.pop("overrides"))
-    return Arguments(verb, tuple(files), overrides, given, fresh)
+    fresh, annotate = given.pop("fresh", False), given.pop("annotate", False)
+    overrides = tuple(given.pop("overrides"))
+    return Arguments(verb, tuple(files), overrides, given, fresh, annotate)
 
 
 def _parser(verb: Verb) -> _Parser:
@@ -120,6 +123,8 @@ def _parser(verb: Verb) -> _Parser:
     )
     if verb.kind == "run":
         parser.add_argument("--fresh", action="store_true", help="remove what the run has done so far, and start over")
+    if verb.name == "demo":
+        parser.add_argument("--annotate", action="store_true", help="rank by hand, on a page that it serves")
     _add_fields(parser, verb)
     return parser
 

@@ -28,6 +28,7 @@ from rlhf.settings.loader import load_settings
 from rlhf.settings.run import Settings
 
 DEMO = Path(__file__).parent.parent / "supervisor" / "demo.toml"
+BY_HAND = DEMO.with_name("demo_by_hand.toml")
 INTERRUPTED = 130
 
 
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _settings(arguments: Arguments) -> Settings:
     if arguments.verb.name == "demo":
-        return _loaded(arguments, [DEMO])
+        return _loaded(arguments, [DEMO, BY_HAND] if arguments.annotate else [DEMO])
     settings = _loaded(arguments, [])
     looks = arguments.verb.kind in ("look", "tool") or arguments.verb.name in ("evaluate", "report")
     if looks and settings.paths.settings.exists():

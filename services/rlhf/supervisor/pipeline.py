@@ -30,6 +30,7 @@ from rlhf.supervisor.signals import Signals
 from rlhf.supervisor.summary import check_gain, collect, show
 from rlhf.supervisor.supervisor import Supervisor, Watched
 
+BY_HAND = "simulated annotators judged; to rank by hand: rlhf demo --annotate, or feedback.people = true in a run"
 logger = logging.getLogger(__name__)
 
 
@@ -67,6 +68,8 @@ class Pipeline:
         summary = collect(self._settings)
         write_json(self._settings.paths.summary, summary)
         show(summary, self._settings, self._console)
+        if self._settings.feedback.rounds and not self._settings.feedback.people:
+            self._console.print(BY_HAND, highlight=False, markup=False, soft_wrap=True)
         check_gain(summary, self._settings)
 
     def _pass(self, verb: Verb, number: str) -> None:

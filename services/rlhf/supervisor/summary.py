@@ -11,6 +11,7 @@ from rich.table import Table
 from rlhf.cli.records import StageRecord
 from rlhf.errors import StageFailed
 from rlhf.models.folders import read_json
+from rlhf.observe.rounds import read_rounds
 from rlhf.settings.run import Settings
 
 FIGURES: dict[str, tuple[str, ...]] = {
@@ -30,6 +31,13 @@ FIGURES: dict[str, tuple[str, ...]] = {
 """By stage, the figures of its record that the summary takes over."""
 
 
+ROUND_FIGURES = (
+    *("round", "policy_step", "judgments", "chosen_by", "accuracy_in_service", "accuracy_new"),
+    *("accuracy_gain_interval", "promoted", "audit", "seconds"),
+)
+"""Of each round of feedback."""
+
+
 def collect(settings: Settings) -> dict[str, Any]:
     """`FIGURES` of the stages that this run has, and `seconds` by stage."""
     summary: dict[str, Any] = {"run": settings.run.name}
@@ -40,12 +48,17 @@ def collect(settings: Settings) -> dict[str, Any]:
             raise StageFailed(f"{stage} has left no record in {settings.paths.stages}; run it again")
         seconds[stage] = record.seconds
         summary |= {name: record.figures[name] for name in FIGURES.get(stage, ()) if name in record.figures}
+    if rounds := read_rounds(settings.paths):
+        summary["rounds"] = [{name: one[name] for name in ROUND_FIGURES if name in one} for one in rounds]
     return {**summary, "seconds": {**seconds, "total": round(sum(seconds.values()), 2)}}
 
 
 def show(summary: Mapping[str, Any], settings: Settings, console: Console) -> None:
     console.print()
     console.print(_table(summary))
+    if "rounds" in summary:
+        console.print()
+        console.print(_rounds(summary["rounds"]))
     seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in summary["seconds"].items())
     _plain(console, f"\nseconds: {seconds}")
     if "evaluate" in settings.run.stages:
@@ -104,6 +117,19 @@ def _rows(summary: Mapping[str, Any]) -> Iterable[tuple[str, str, str, str]]:
         yield "distinct bigrams", str(before), str(after), f"{after / before:.0%}" if before else ""
     if "rollouts" in summary:
         yield "rollouts", "", str(summary["rollouts"]), ""
+
+
+def _rounds(rounds: Iterable[Mapping[str, Any]]) -> Table:
+    table = Table(title="rounds of feedback", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    columns = ("at step", "judgments", "accuracy in service", "refreshed", "promoted", "new policy preferred")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for one in rounds:
+        promoted = "" if "promoted" not in one else "yes" if one["promoted"] else "no"
+        accuracies = (_number(one.get(name), 3) for name in ("accuracy_in_service", "accuracy_new"))
+        preferred = _with_interval(one["audit"], "win_rate")
+        table.add_row(str(one["policy_step"]), str(one.get("judgments", "")), *accuracies, promoted, preferred)
+    return table
 
 
 def _plain(console: Console, text: str) -> None:

@@ -27,7 +27,7 @@ _WIDE = (8.6, 3.2)
 _FORMS: Mapping[Form, tuple[str, str]] = {"best_of_n": (ACCENT, "best of n"), "rl": (AFTER, "PPO")}
 _SMOOTH_FROM = 80
 
-_LOOK: dict[Any, Any] = {
+LOOK: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "text.color": _INK,
@@ -140,52 +140,52 @@ def seconds_by_phase(metrics: Metrics) -> Plot | None:
     longest_first = sorted(phases, key=lambda name: (-sum(phases[name]), name))
     if not longest_first:
         return None
-    with matplotlib.rc_context(_LOOK):
-        figure, axes = _axes("step", "s per step")
+    with matplotlib.rc_context(LOOK):
+        figure, axes = axes_of("step", "s per step")
         steps = [row["step"] for row in metrics]
         labels = [name.removeprefix("seconds_").replace("_", " ") for name in longest_first]
         _stack(axes, steps, {label: phases[name] for label, name in zip(labels, longest_first, strict=True)})
         axes.margins(x=0.02)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _legend(axes, len(labels))
+        legend(axes, len(labels))
         totals = ", ".join(
             f"{label} {sum(phases[name]):.0f} s" for name, label in zip(longest_first, labels, strict=True)
         )
-        return Plot("Where the time goes", _svg(figure), f"In total: {totals}.", f"Seconds by phase: {totals}")
+        return Plot("Where the time goes", svg(figure), f"In total: {totals}.", f"Seconds by phase: {totals}")
 
 
 def judge_distribution(pairs: Sequence[Pair]) -> Plot:
     before, after = _column(pairs, "judge_before"), _column(pairs, "judge_after")
-    with matplotlib.rc_context(_LOOK):
-        figure, axes = _axes("judge's score", "prompts")
+    with matplotlib.rc_context(LOOK):
+        figure, axes = axes_of("judge's score", "prompts")
         edges = np.histogram_bin_edges(np.concatenate([before, after]), bins=20)
         middles, width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
         for offset, values, colour, label in ((-0.21, before, BEFORE, "before"), (0.21, after, AFTER, "after")):
             counts, _ = np.histogram(values, edges)
             axes.bar(middles + offset * width, counts, width=0.42 * width, color=colour, label=label)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        _legend(axes, 2)
+        legend(axes, 2)
         alt = f"Mean {before.mean():.2f} before and {after.mean():.2f} after"
-        return Plot("Judge's scores", _svg(figure), "Held-out prompts by the judge's score of the whole text.", alt)
+        return Plot("Judge's scores", svg(figure), "Held-out prompts by the judge's score of the whole text.", alt)
 
 
 def reward_against_judge(pairs: Sequence[Pair]) -> Plot:
     """Change of the reward against change of the judge's score: reward without judge is over-optimisation."""
     reward = _column(pairs, "reward_after") - _column(pairs, "reward_before")
     judge = _column(pairs, "judge_after") - _column(pairs, "judge_before")
-    with matplotlib.rc_context(_LOOK):
-        figure, axes = _axes("change of reward", "change of judge's score")
+    with matplotlib.rc_context(LOOK):
+        figure, axes = axes_of("change of reward", "change of judge's score")
         axes.axhline(0, color="#98a2b3", linewidth=0.9)
         axes.axvline(0, color="#98a2b3", linewidth=0.9)
         axes.scatter(reward, judge, s=13, color=AFTER, alpha=0.45, linewidths=0)
         axes.scatter(
             [reward.mean()], [judge.mean()], s=46, color=ACCENT, edgecolors="white", linewidths=1.2, label="mean"
         )
-        _legend(axes, 1)
+        legend(axes, 1)
         gamed = float(np.mean((reward > 0) & (judge < 0)))
         caption = f"One dot a prompt. Reward up while the judge went down: {gamed:.0%} of the prompts."
         alt = f"Mean change of reward {reward.mean():.2f}, of the judge's score {judge.mean():.2f}"
-        return Plot("Does the reward carry over?", _svg(figure), caption, alt)
+        return Plot("Does the reward carry over?", svg(figure), caption, alt)
 
 
 def calibration(predicted: Sequence[float], observed: Sequence[float], counts: Sequence[float]) -> Plot:
@@ -194,8 +194,8 @@ def calibration(predicted: Sequence[float], observed: Sequence[float], counts: S
         predicted, observed, counts: [bins]: mean predicted probability that the first of two completions was preferred,
             share that was, and number of pairs.
     """
-    with matplotlib.rc_context(_LOOK):
-        figure, axes = _axes("predicted probability", "share preferred")
+    with matplotlib.rc_context(LOOK):
+        figure, axes = axes_of("predicted probability", "share preferred")
         axes.plot([0, 1], [0, 1], color="#98a2b3", linewidth=1, linestyle=(0, (4, 3)), label="perfect")
         sizes = 14 + 110 * np.asarray(counts, float) / max(max(counts), 1)
         axes.plot(predicted, observed, color=AFTER, linewidth=1.2, alpha=0.6)
@@ -210,14 +210,14 @@ def calibration(predicted: Sequence[float], observed: Sequence[float], counts: S
             zorder=3,
         )
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-        _legend(axes, 2)
+        legend(axes, 2)
         caption = "Larger dots hold more pairs; on the dashed line probabilities mean what they say."
-        return Plot("Reward model's calibration", _svg(figure), caption, "Predicted against observed preferences")
+        return Plot("Reward model's calibration", svg(figure), caption, "Predicted against observed preferences")
 
 
 def over_optimisation(frontier: Frontier) -> Plot:
     """The proxy's and the judge's gain against √KL; on the judge's side the fitted curves and their optimum."""
-    with matplotlib.rc_context(_LOOK):
+    with matplotlib.rc_context(LOOK):
         figure = Figure(figsize=_WIDE, layout="constrained")
         FigureCanvasSVG(figure)
         for axes, name, label in zip(
@@ -243,7 +243,7 @@ def over_optimisation(frontier: Frontier) -> Plot:
             f"{end.name} at {end.kl:.2f} nats: reward {end.proxy_gain:+.2f}, judge {end.judge_gain:+.2f}"
             for end in last.values()
         )
-        return Plot("Reward and judge, the farther from the initial policy", _svg(figure), caption, alt)
+        return Plot("Reward and judge, the farther from the initial policy", svg(figure), caption, alt)
 
 
 def _points(axes: Axes, points: Sequence[Point], name: str) -> None:
@@ -300,8 +300,8 @@ def _reach(middle: NDArray[Any], intervals: Sequence[tuple[float, ...]]) -> NDAr
 
 
 def _curve_plot(curve: Curve, series: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> Plot:
-    with matplotlib.rc_context(_LOOK):
-        figure, axes = _axes("step", curve.unit)
+    with matplotlib.rc_context(LOOK):
+        figure, axes = axes_of("step", curve.unit)
         for (label, (steps, values)), colour in zip(series.items(), (AFTER, ACCENT), strict=False):
             _draw(axes, steps, values, colour, label)
         if curve.unit.startswith("share"):
@@ -309,9 +309,9 @@ def _curve_plot(curve: Curve, series: Mapping[str, tuple[NDArray[Any], NDArray[A
         axes.margins(x=0.02)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(series) > 1:
-            _legend(axes, len(series))
+            legend(axes, len(series))
         ends = ", ".join(f"{label} from {values[0]:.3g} to {values[-1]:.3g}" for label, (_, values) in series.items())
-        return Plot(curve.title, _svg(figure), curve.caption, f"{curve.title}: {ends}")
+        return Plot(curve.title, svg(figure), curve.caption, f"{curve.title}: {ends}")
 
 
 def _draw(axes: Axes, steps: NDArray[Any], values: NDArray[Any], colour: str, label: str) -> None:
@@ -349,7 +349,7 @@ def _column(pairs: Sequence[Pair], name: str) -> NDArray[Any]:
     return np.array([getattr(pair, name) for pair in pairs])
 
 
-def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+def axes_of(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=_SIZE, layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
@@ -359,12 +359,12 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(axes: Axes, entries: int) -> None:
+def legend(axes: Axes, entries: int) -> None:
     """Above the axes, where it covers no data."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=min(entries, 4), handlelength=1.2, borderaxespad=0.2)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

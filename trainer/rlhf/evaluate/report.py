@@ -16,6 +16,7 @@ import jinja2
 
 from rlhf.data.rows import read_rows
 from rlhf.errors import DataError
+from rlhf.evaluate import rounds
 from rlhf.evaluate.findings import FORMS, sentences
 from rlhf.evaluate.plots import (
     Plot,
@@ -29,6 +30,7 @@ from rlhf.evaluate.plots import (
 from rlhf.evaluate.results import Evaluation, Frontier, Interval, Pair, read_evaluation, read_frontier
 from rlhf.models.folders import read_json, storage_errors
 from rlhf.observe.diagnoses import summary
+from rlhf.observe.rounds import read_rounds
 from rlhf.settings.paths import RunPaths
 from rlhf.settings.run import Settings
 
@@ -96,6 +98,7 @@ def render(settings: Settings) -> str:
         found=summary(metrics),
         outcome=_outcome_plots(evaluation, stages),
         frontier=_shown_frontier(frontier) if frontier else None,
+        rounds=_shown_rounds(paths),
         evaluation=evaluation,
         samples=_samples(evaluation.pairs) if evaluation else [],
         settings=_shown_settings(settings),
@@ -195,6 +198,13 @@ def _shown_frontier(frontier: Frontier) -> dict[str, Any]:
         for fitted in frontier.fits
     ]
     return {"plot": over_optimisation(frontier), "fits": rows, "sentences": sentences(frontier)}
+
+
+def _shown_rounds(paths: RunPaths) -> dict[str, Any] | None:
+    found = read_rounds(paths)
+    if not found:
+        return None
+    return {"headings": rounds.HEADINGS, "rows": rounds.rows(found), "plot": rounds.audits(found)}
 
 
 def _bracketed(value: float | None, interval: Interval, digits: int) -> str:

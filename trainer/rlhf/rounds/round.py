@@ -85,7 +85,7 @@ class Round:
         """
         planned, registry = self._planned, self._tools.registry
         began = time.monotonic()
-        if self._holds and planned.refreshes:
+        if self._holds:
             registry.pause(HOLDER, f"round {planned.number} of feedback is judged first")
         else:
             registry.resume(HOLDER)
@@ -260,7 +260,10 @@ class Round:
         return read_judgments(path) if path.stat().st_size else []
 
     def _on_progress(self, answers: int, needed: int) -> None:
-        self._tools.doing(f"round {self._planned.number}: {answers} of {needed} answers")
+        number, tenth = self._planned.number, max(1, needed // 10)
+        self._tools.doing(f"round {number}: {answers} of {needed} answers")
+        if self._holds and answers % tenth == 0:
+            self._tools.registry.pause(HOLDER, f"round {number} of feedback: {answers} of {needed} answers")
 
     def _counts(self, questions: Sequence[Question], judgments: Sequence[Judgment]) -> dict[str, Any]:
         return {
@@ -366,7 +369,7 @@ class Round:
     @property
     def _holds(self) -> bool:
         its = self._settings.feedback
-        return its.people if its.hold is None else its.hold
+        return self._planned.refreshes and (its.people if its.hold is None else its.hold)
 
     def _path(self, name: str, suffix: str = ".jsonl") -> Path:
         return self._folder / f"{name}{suffix}"
