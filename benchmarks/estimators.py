@@ -80,7 +80,8 @@ def _settings(options: Options, base: RunPaths, name: str) -> Settings:
         "evaluate.judge": base.labelled,
         "evaluate.frontier": "true",
         "evaluate.frontier_samples": 2,
-        "evaluate.frontier_completions": 2,
+        "evaluate.frontier_completions": 1,
+        "evaluate.limit": 256,
     }
     if name == "a2c":
         own["ppo.minibatches"] = 1
