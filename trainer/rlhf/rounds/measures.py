@@ -88,26 +88,31 @@ def worth_of_active(
     features: Mapping[tuple[str, str], Doubles],
     head: Doubles,
 ) -> Mean | None:
-    """Nats per held-out pair by which labels of actively chosen prompts beat as many labels of random ones.
+    """Share of held-out pairs by which labels of actively chosen prompts beat as many labels of random ones.
 
     From either half of the random arm, and from as many of the active arm, the head on the frozen trunk in service is
-    fitted again; the other half says which of the two foresees it better. None: too little was judged.
+    fitted again; the other half says which of the two orders it better. None: too little was judged.
 
     Args:
         features: [H] of each (prompt, completion), from the trunk.
         head: [H], in service.
     """
     halves = heldout[::2], heldout[1::2]
+    if not halves[1] or len(active) < len(halves[0]):
+        return None
+    everything = _differences(heldout, features)
+    if not len(everything):
+        return None
+    # The same for both arms, or that of the wider pairs would hold its labels back.
+    ridge = PSEUDO_PAIRS * float((everything**2).mean())
     gains: list[float | None] = []
     tested: list[Judgment] = []
     for labels, test in (halves, halves[::-1]):
         chosen = active[: len(labels)]
-        if not labels or not test or len(chosen) < len(labels):
-            return None
-        at_random, actively = (_refitted(head, _differences(some, features)) for some in (labels, chosen))
+        at_random, actively = (_refitted(head, _differences(some, features), ridge) for some in (labels, chosen))
         for judgment in test:
             pairs = _differences([judgment], features)
-            gains.append(float((_nll(pairs @ at_random) - _nll(pairs @ actively)).mean()) if len(pairs) else None)
+            gains.append(float((_right(pairs @ actively) - _right(pairs @ at_random)).mean()) if len(pairs) else None)
             tested.append(judgment)
     values = by_prompt(tested, gains)
     return Mean.of(values) if values else None
@@ -125,15 +130,15 @@ def _differences(judgments: Sequence[Judgment], features: Mapping[tuple[str, str
     return np.array(rows)
 
 
-def _nll(margins: Doubles) -> Doubles:
-    return np.logaddexp(0.0, -margins)
+def _right(margins: Doubles) -> Doubles:
+    return np.asarray(0.5 + 0.5 * np.sign(margins), dtype=np.float64)
 
 
-def _refitted(head: Doubles, pairs: Doubles) -> Doubles:
+def _refitted(head: Doubles, pairs: Doubles, ridge: float) -> Doubles:
     """[H]: the likeliest under Bradley-Terry with a normal prior around `head`, by Newton's method."""
     if not len(pairs):
         return head
-    ridge, found = PSEUDO_PAIRS * float((pairs**2).mean()), head.copy()
+    found = head.copy()
     for _ in range(NEWTON_STEPS):
         wrong = 0.5 - 0.5 * np.tanh(pairs @ found / 2)
         gradient = ridge * (found - head) - pairs.T @ wrong
