@@ -78,6 +78,9 @@ def test_service_answers_with_every_member(tmp_path: Path) -> None:
             batch = reward_pb2.TextBatch(items=[reward_pb2.TextItem(prompt=a, completion=b) for a, b in texts])
             answer = await stub.Score(reward_pb2.ScoreRequest(texts=batch, per_token=True), timeout=20)
             members = from_tensor(answer.member_scores, "member_scores", dtypes="f", ndim=2)
+            spreads = from_tensor(answer.spreads, "spreads", dtypes="f", ndim=1)
+            np.testing.assert_allclose(spreads, np.std(members, axis=1), rtol=1e-6)
+            assert spreads.min() > 0
             scores = from_tensor(answer.scores, "scores", dtypes="f", ndim=1)
             assert heads.reference_scores is not None
             np.testing.assert_allclose(members, heads.reference_scores.numpy(), atol=1e-4)

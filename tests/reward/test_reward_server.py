@@ -136,6 +136,7 @@ def test_scores_are_the_models_own(folder: Path) -> None:
                     np.testing.assert_allclose(from_ragged(response.token_rewards, "")[index], values, atol=1e-5)
             assert len({round(float(score), 3) for score in from_tensor(response.scores, "")}) == 3
             assert from_tensor(response.member_scores, "").tolist() == [[s] for s in from_tensor(response.scores, "")]
+            assert not from_tensor(response.spreads, "").any()
             assert response.model_sha256 == weights_sha256(folder)
             assert await scores_of(stub, texts=text_batch()) == from_tensor(response.scores, "").tolist()
 

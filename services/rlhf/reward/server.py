@@ -88,9 +88,11 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         call = read_call(request, self._limits.max_batch_size)
         scores, about = await self._in_service.score(call)
         values = np.array([score.score for score in scores], dtype=np.float32)
+        members = np.array([score.members for score in scores], dtype=np.float32)
         response = reward_pb2.ScoreResponse(
             scores=to_tensor(values),
-            member_scores=to_tensor(np.array([score.members for score in scores], dtype=np.float32)),
+            member_scores=to_tensor(members),
+            spreads=to_tensor(members.std(axis=1)),
             model_sha256=about.model_sha256,
         )
         if call.per_token:
@@ -107,6 +109,7 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
             max_batch_tokens=self._limits.max_batch_tokens,
             normalisation_mean=about.mean,
             normalisation_std=about.std,
+            aggregation=self._limits.aggregation if about.kind == "model" else "",
         )
 
 
