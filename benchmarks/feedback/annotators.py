@@ -19,7 +19,8 @@ sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from feedback.world import STEPS, accuracy, auc, learn, make, verdicts  # noqa: E402
+from feedback.intervals import interval  # noqa: E402
+from feedback.world import STEPS, Training, accuracy, auc, learn, make, own_accuracies, verdicts  # noqa: E402
 from harness.bench import Figure, Measured, Options, main, say  # noqa: E402
 from rlhf.preference.reliability import BAD  # noqa: E402
 
@@ -30,8 +31,6 @@ COST_AT_MOST = {"adversarial": 1.0, "random": 1.5, "none": 0.3}
 """Points of accuracy below all-clean training."""
 BEYOND = ("hasty", "lazy")
 STEPS_IF_QUICK = 20
-T_975 = {2: 12.71, 3: 4.303, 5: 2.776, 10: 2.262}
-"""Student's t by number of seeds."""
 
 Values = dict[str, list[float]]
 
@@ -40,26 +39,26 @@ def measure(options: Options) -> Measured:
     torch.set_num_threads(1)
     seeds = options.size(10, 2)
     sizes = {"per": options.size(60, 12), "prompts": options.size(400, 40)}
-    steps = options.size(STEPS, STEPS_IF_QUICK)
+    training = Training(steps=options.size(STEPS, STEPS_IF_QUICK))
     found: Values = {}
     for seed in range(seeds):
         say(f"  seed {seed + 1}/{seeds}")
-        for name, value in {**_bad_annotators(seed, sizes, steps), **_minority(seed, sizes, steps)}.items():
+        for name, value in {**_bad_annotators(seed, sizes, training), **_minority(seed, sizes, training)}.items():
             found.setdefault(name, []).append(value)
     setup = {"seeds": seeds, "annotators": PEOPLE, "rankings_each": sizes["per"], "prompts": sizes["prompts"]}
-    intervals = {name: _interval(values) for name, values in found.items()}
+    intervals = {name: interval(values) for name, values in found.items()}
     return Measured([_figure(name, values) for name, values in found.items()], setup, {"torch": 1}, intervals)
 
 
-def _bad_annotators(seed: int, sizes: dict[str, int], steps: int) -> dict[str, float]:
+def _bad_annotators(seed: int, sizes: dict[str, int], training: Training) -> dict[str, float]:
     clean = make(["honest"] * PEOPLE, seed=seed, **sizes)
-    best = 100 * accuracy(learn(clean, "plackett-luce", "none", seed, steps).rewards, clean.majority)
+    best = 100 * accuracy(learn(clean, "plackett-luce", "none", seed, training).rewards, clean.majority)
     found = {SAME: best}
     for kind in (*COST_AT_MOST, *BEYOND):
         bad = [kind] * BAD_PEOPLE if kind != "none" else []
         world = make([*bad, *["honest"] * (PEOPLE - len(bad))], seed=seed, **sizes)
-        ours = learn(world, "plackett-luce", "reliability", seed, steps)
-        naive = learn(world, "all-pairs", "none", seed, steps)
+        ours = learn(world, "plackett-luce", "reliability", seed, training)
+        naive = learn(world, "all-pairs", "none", seed, training)
         label = f"30 % {kind}" if bad else "none bad"
         accuracies = {OURS: accuracy(ours.rewards, world.majority), NAIVE: accuracy(naive.rewards, world.majority)}
         found |= {f"{label}: {way}": 100 * value for way, value in accuracies.items()}
@@ -69,23 +68,20 @@ def _bad_annotators(seed: int, sizes: dict[str, int], steps: int) -> dict[str, f
     return found
 
 
-def _minority(seed: int, sizes: dict[str, int], steps: int) -> dict[str, float]:
+def _minority(seed: int, sizes: dict[str, int], training: Training) -> dict[str, float]:
     kinds = ["minority"] * 6 + ["random"] * 3 + ["honest"] * 11
     world = make(kinds, seed=seed, **sizes)
     by_way = {
-        way: learn(world, loss, model, seed, steps)
+        way: learn(world, loss, model, seed, training)
         for way, loss, model in (
             ("with tastes", "plackett-luce", "groups"),
             ("reliability alone", "plackett-luce", "reliability"),
             (NAIVE, "all-pairs", "none"),
         )
     }
-    found = {}
+    found: dict[str, float] = {}
     for way, learnt in by_way.items():
-        sides = {"majority": ("honest", world.majority), "minority": ("minority", world.minority)}
-        for side, (kind, true) in sides.items():
-            own = [accuracy(rewards, true) for rewards in learnt.own[world.those(kind)]]
-            found[f"{side}: {way}"] = 100 * float(np.mean(own))
+        found |= {f"{side}: {way}": value for side, value in own_accuracies(world, learnt).items()}
     found["majority: loss by tastes"] = found["majority: reliability alone"] - found["majority: with tastes"]
     called = np.array(verdicts(world, by_way["with tastes"]))
     for kind in ("minority", "random", "honest"):
@@ -107,13 +103,6 @@ def _figure(name: str, values: list[float]) -> Figure:
         "minority called bad": {"at_most": 5.0},
     }.get(name, {})
     return Figure(name, unit, values, headline=bool(wanted) or NAIVE in name, **wanted)
-
-
-def _interval(values: list[float]) -> dict[str, float]:
-    """Mean and its 95 % interval over seeds."""
-    half = T_975[len(values)] * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    mean = float(np.mean(values))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 A completion is 24 numbers. Tastes are random functions of them, half linear and half through eight tanh units; a
 minority has a taste drawn by itself. The reward model is a network of one hidden layer, 48 wide, over the same numbers,
 trained on all rankings at once; losses, models of annotators, simulated annotators and evidence are the product's own.
+`sentences` puts real sentences in place of the numbers, and a linear head in place of the network.
 """
 
 from __future__ import annotations
@@ -31,6 +32,17 @@ RANK, RIDGE = 2, 0.3
 """The defaults of the settings."""
 GOLD, REPEATS = 4, 4
 """Rankings beside the others: of easy completions that any taste would rank alike, and of some seen before."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The same for every way."""
+
+    hidden: int = HIDDEN
+    """Units between features and reward; 0: a linear head."""
+    lr: float = LR
+    decay: float = DECAY
+    steps: int = STEPS
 
 
 @dataclass(frozen=True)
@@ -64,45 +76,60 @@ class Learnt:
 
 
 def make(kinds: Sequence[str], per: int, prompts: int, seed: int) -> World:
-    """Every annotator ranks `per` prompts. For one seed the prompts, tastes and who ranks what are the same whatever
-    the kinds are."""
+    """For one seed the prompts, tastes and who ranks what are the same whatever the kinds are."""
     rng = np.random.default_rng([seed, 0])
-    features, test = _completions(prompts, rng), _completions(500, rng)
-    tastes = [_taste(rng) for _ in range(2)]
-    true = [taste(features) for taste in tastes]
-    evidence, rankings = [Evidence() for _ in kinds], []
+    features, test = completions(prompts, rng), completions(500, rng)
+    tastes = [taste(rng) for _ in range(2)]
+    return judged(
+        kinds, [NOISE], per, features, [own(features) for own in tastes], test, [o(test) for o in tastes], seed
+    )
+
+
+def judged(
+    kinds: Sequence[str],
+    noises: Sequence[float],
+    per: int,
+    features: Floats,
+    true: Sequence[Floats],
+    test: Floats,
+    true_test: Sequence[Floats],
+    seed: int,
+) -> World:
+    """Every annotator ranks `per` prompts.
+
+    Args:
+        noises: of the annotators, in turn.
+        features, test: [prompts, COMPLETIONS, width]
+        true, true_test: [prompts, COMPLETIONS], by the shared taste and by the minority's.
+    """
+    evidence: list[Evidence] = [Evidence() for _ in kinds]
+    rankings: list[Ranking] = []
+    easy = 3 * float(np.mean(noises)) * np.arange(COMPLETIONS, dtype=np.float64)
     for number, kind in enumerate(kinds):
         own = np.random.default_rng([seed, 1, number])
-        annotator = Annotator(f"a{number}", NOISE, kind)
-        chosen = own.choice(prompts, per, replace=False).tolist()
+        annotator = Annotator(f"a{number}", noises[number % len(noises)], kind)
+        chosen = own.choice(len(features), per, replace=False).tolist()
         for prompt in chosen:
             order = tuple(own.permutation(COMPLETIONS).tolist())
             ranks = _ranks(annotator, true[0][prompt], true[1][prompt], order, own)
             items = range(prompt * COMPLETIONS, (prompt + 1) * COMPLETIONS)
             rankings.append(Ranking(items, ranks, number, order, prompt=prompt))
-        _ask_again(annotator, chosen[:REPEATS], true, rankings[-per:], evidence[number], own)
-    flat = torch.tensor(features.reshape(-1, WIDTH), dtype=torch.float32)
-    return World(
-        flat,
-        rankings_of(rankings),
-        evidence,
-        tuple(kinds),
-        torch.tensor(test, dtype=torch.float32),
-        tastes[0](test),
-        tastes[1](test),
-    )
+        _ask_again(annotator, chosen[:REPEATS], true, easy, rankings[-per:], evidence[number], own)
+    flat = torch.tensor(features.reshape(-1, features.shape[-1]), dtype=torch.float32)
+    tested = torch.tensor(test, dtype=torch.float32)
+    return World(flat, rankings_of(rankings), evidence, tuple(kinds), tested, true_test[0], true_test[1])
 
 
-def learn(world: World, loss: str, annotators: str, seed: int, steps: int = STEPS) -> Learnt:
+def learn(world: World, loss: str, annotators: str, seed: int, training: Training) -> Learnt:
     """
     Args:
         annotators: as the setting: "none", "reliability" or "groups".
     """
     torch.manual_seed(seed)
     count, rank = len(world.kinds), RANK if annotators == "groups" else 0
-    network = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1 + rank, bias=False))
-    people = Annotators(count, reliability=annotators != "none", rank=rank, ridge=RIDGE, lr=LR, seed=seed)
-    _train(network, people, RankingLoss(loss), world, steps)  # type: ignore[arg-type]
+    network = _network(world.features.shape[-1], training.hidden, 1 + rank)
+    people = Annotators(count, reliability=annotators != "none", rank=rank, ridge=RIDGE, lr=training.lr, seed=seed)
+    _train(network, people, RankingLoss(loss), world, training)  # type: ignore[arg-type]
     with torch.no_grad():
         test, ranked = network(world.test), network(world.features)[:, 0]
         own = test[..., 0].expand(count, -1, -1)
@@ -118,6 +145,15 @@ def accuracy(rewards: Floats, utilities: Floats) -> float:
     wanted = utilities[:, :, None] - utilities[:, None, :]
     found = rewards[:, :, None] - rewards[:, None, :]
     return float((found[wanted > 0] > 0).mean())
+
+
+def own_accuracies(world: World, learnt: Learnt) -> dict[str, float]:
+    """%: how far each annotator's own reward orders as its own taste does, a mean over the people of either side."""
+    sides = {"majority": ("honest", world.majority), "minority": ("minority", world.minority)}
+    return {
+        side: 100 * float(np.mean([accuracy(rewards, true) for rewards in learnt.own[world.those(kind)]]))
+        for side, (kind, true) in sides.items()
+    }
 
 
 def auc(goodness: Floats, bad_mask: NDArray[np.bool_]) -> float:
@@ -138,14 +174,20 @@ def verdicts(world: World, learnt: Learnt) -> list[str]:
     return found
 
 
-def _train(network: nn.Module, people: Annotators, loss: RankingLoss, world: World, steps: int) -> None:
+def _network(width: int, hidden: int, outputs: int) -> nn.Module:
+    if not hidden:
+        return nn.Linear(width, outputs, bias=False)
+    return nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, outputs, bias=False))
+
+
+def _train(network: nn.Module, people: Annotators, loss: RankingLoss, world: World, training: Training) -> None:
     groups = [
-        {"params": list(network.parameters()), "weight_decay": DECAY},
+        {"params": list(network.parameters()), "weight_decay": training.decay},
         {"params": [*people.parameters(), *loss.parameters()], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=LR)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=training.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
+    for _ in range(training.steps):
         values = network(world.features)
         tastes = values[:, 1:][world.rankings.items] if people.rank else None
         nll = people(loss, world.rankings.utilities(values[:, 0]), tastes, world.rankings)
@@ -156,13 +198,14 @@ def _train(network: nn.Module, people: Annotators, loss: RankingLoss, world: Wor
         schedule.step()
 
 
-def _completions(prompts: int, rng: np.random.Generator) -> Floats:
+def completions(prompts: int, rng: np.random.Generator) -> Floats:
     """[prompts, COMPLETIONS, WIDTH]: those of one prompt have something in common."""
     own = 0.9 * rng.normal(size=(prompts, COMPLETIONS, WIDTH))
     return np.asarray(own + 0.44 * rng.normal(size=(prompts, 1, WIDTH)), dtype=np.float64)
 
 
-def _taste(rng: np.random.Generator) -> Callable[[Floats], Floats]:
+def taste(rng: np.random.Generator) -> Callable[[Floats], Floats]:
+    """Utilities of completions, mean 0 and standard deviation 1."""
     linear, inner, outer = rng.normal(size=WIDTH), rng.normal(size=(8, WIDTH)), rng.normal(size=8)
 
     def raw(x: Floats) -> Floats:
@@ -183,12 +226,12 @@ def _ask_again(
     annotator: Annotator,
     prompts: Sequence[int],
     true: Sequence[Floats],
+    easy: Floats,
     rankings: Sequence[Ranking],
     evidence: Evidence,
     rng: np.random.Generator,
 ) -> None:
     """Gold: three steps of the noise apart, and the same for any taste. Repeats: as before, in another order."""
-    easy = 3 * NOISE * np.arange(COMPLETIONS, dtype=np.float64)
     for _ in range(GOLD):
         order = tuple(rng.permutation(COMPLETIONS).tolist())
         evidence.gold.add([-rank for rank in _ranks(annotator, easy, easy, order, rng)], easy.tolist())

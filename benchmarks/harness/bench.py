@@ -33,6 +33,8 @@ class Options:
     quick: bool
     out: Path
     """Folder of the JSON."""
+    paths: Mapping[str, Path] = field(default_factory=dict)
+    """What a script asks for besides."""
 
     @property
     def runs(self) -> Path:
@@ -77,8 +79,17 @@ class Measured:
     """What was compared to see that both sides did the same work."""
 
 
-def main(name: str, question: str, measure: Callable[[Options], Measured]) -> None:
-    options = _options(question)
+def main(
+    name: str,
+    question: str,
+    measure: Callable[[Options], Measured],
+    paths: Mapping[str, tuple[str, Path | None]] | None = None,
+) -> None:
+    """
+    Args:
+        paths: files or folders that the script needs besides: help, and what is taken unless one is given.
+    """
+    options = _options(question, paths or {})
     began_s = time.monotonic()
     say(question)
     measured = measure(options)
@@ -138,11 +149,16 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _options(question: str) -> Options:
+def _options(question: str, paths: Mapping[str, tuple[str, Path | None]]) -> Options:
     parser = argparse.ArgumentParser(description=question)
     parser.add_argument("--quick", action="store_true", help="sizes at which nothing is measured, only tried")
     parser.add_argument("--out", type=Path, help="folder of the JSON; benchmarks/results, --quick needs another one")
+    for name, (what, usual) in paths.items():
+        parser.add_argument(f"--{name}", type=Path, default=usual, required=usual is None, help=what)
     given = parser.parse_args()
+    for name in paths:
+        if not getattr(given, name).exists():
+            parser.error(f"--{name}: there is no {getattr(given, name)}")
     if given.quick and given.out is None:
         parser.error("--quick: its figures mean nothing, so --out must name a folder for them")
-    return Options(given.quick, (given.out or RESULTS).absolute())
+    return Options(given.quick, (given.out or RESULTS).absolute(), {name: getattr(given, name) for name in paths})
