@@ -61,6 +61,13 @@ bench-estimators: setup ## PPO, A2C, RLOO, GRPO and REINFORCE++ on real sentence
 	@$(BIN)/python benchmarks/estimators.py
 	@$(BIN)/python benchmarks/table.py
 
+# The last one needs what it reads; the folder is that of a run of configs/movie-reviews.toml.
+bench-feedback: setup ## bad annotators, a minority, active selection, some 20 minutes; SENTENCES=FOLDER adds real sentences
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/feedback/annotators.py
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/feedback/selection.py
+	@$(if $(SENTENCES),OMP_NUM_THREADS=1 $(BIN)/python benchmarks/feedback/sentences.py --sentences $(SENTENCES),echo "real sentences are left out: make bench-feedback SENTENCES=FOLDER, of corpus.jsonl and labelled.jsonl")
+	@$(BIN)/python benchmarks/table.py
+
 # Needs torch and Triton alone, so PYTHON may be a machine's own; unless it is given, .venv's if there is one.
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
 bench-gpu: ## the kernels against what the GPU can do and against others; PYTHON=python3 needs torch alone; ARGS="--minutes 9"
@@ -126,4 +133,4 @@ clean: ## remove .venv, caches and generated code; runs/ stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f protos/rlhf/v1/*_pb2*
 
-.PHONY: help setup demo test test-kernels test-parity test-system test-long test-docker engine up down logs status report token bench bench-gpu bench-trl check format protos clean
+.PHONY: help setup demo test test-kernels test-parity test-system test-long test-docker engine up down logs status report token bench bench-feedback bench-gpu bench-trl check format protos clean

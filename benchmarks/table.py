@@ -20,8 +20,8 @@ TRL_NAMES = ("trl",)
 """Of `make bench-trl`."""
 LONG_NAMES = ("estimators",)
 """Of `make bench-estimators`."""
-FEEDBACK_NAMES = ("feedback-annotators",)
-"""Scripts in feedback/, each run by itself."""
+FEEDBACK_NAMES = ("feedback-annotators", "feedback-selection", "feedback-sentences")
+"""Of `make bench-feedback`."""
 MARKED = re.compile(r"(<!-- bench: begin -->\n).*?(<!-- bench: end -->)", re.DOTALL)
 
 Result = dict[str, Any]
