@@ -10,43 +10,14 @@ from rlhf.data.rows import read_rows
 from rlhf.feedback.judgments import read_judgments
 from rlhf.models.ensemble import reward_sha256
 from rlhf.ppo.history import History
-from support.runs import Run, wait_until
-
-UTILITY = """
-def taste(items):
-    return [float(len(set(item.completion))) for item in items]
-"""
-PROMPTS = [
-    f"{first} {second}" for first in ("A", "The", "I", "One", "No") for second in ("film", "plot", "cast", "end")
-]
-
-
-def rounds_of_feedback(folder, **feedback):
-    (folder / "taste.py").write_text(UTILITY)
-    run = Run(
-        folder,
-        sections={
-            "run": {"stages": ["sample", "rank", "reward-model", "ppo"], "max_restarts": 9},
-            "reward": {"rule": "", "threads": 1, "follow_poll_s": 0.2},
-            "sample": {"completions": 3, "threads": 1},
-            "rank": {"utility": f"{folder / 'taste.py'}:taste", "reliabilities": [0.95, 0.9]},
-            "reward_model": {"members": 3, "epochs": 2, "threads": 1, "max_length": 64},
-            "ppo": {"steps": 20, "batch_prompts": 8, "epochs": 1, "checkpoint_every": 5, "threads": 1},
-            "feedback": {"prompts": 12, "completions": 3, "audit_pairs": 6, "candidates": 1.5, **feedback},
-        },
-    )
-    run.paths.prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
-    return run
+from support.feedback_runs import figures, rounds_of_feedback
+from support.runs import wait_until
 
 
 def finish(running):
     output, _ = running.communicate(timeout=150)
     assert running.returncode == 0, output
     return output
-
-
-def figures(run, number):
-    return json.loads((run.paths.rounds / str(number) / "round.json").read_text())
 
 
 @pytest.mark.timeout(240)

@@ -28,7 +28,7 @@ from types import FrameType
 from typing import Any
 
 from rlhf.data.sampling import sampling_of
-from rlhf.errors import StageFailed
+from rlhf.errors import DeadlineExceeded, StageFailed
 from rlhf.models.causal import save_model
 from rlhf.models.compute import set_deterministic, set_threads
 from rlhf.models.folders import start_model
@@ -135,6 +135,7 @@ class Trainer:
         with self._running(), progress("ppo", total=self.settings.ppo.steps, unit="steps") as bar:
             bar.advance(self.ledger.trained_steps)
             self._publish()
+            self._wait_for_rounds()
             self.source.start()
             while self.ledger.trained_steps < self.settings.ppo.steps:
                 figures = self._step()
@@ -275,6 +276,25 @@ class Trainer:
             if self.intake.unacknowledged_entries:
                 self._checkpoint()
             raise SystemExit(STOPPED)
+
+    def _wait_for_rounds(self) -> None:
+        """Where there are rounds of feedback to come, until `rlhf rounds` says that it follows.
+
+        Raises:
+            DeadlineExceeded: nobody does.
+        """
+        if not self.settings.feedback.rounds or self.paths.rounds_finished.exists():
+            return
+        self.doing = "waiting for the rounds of feedback to begin"
+        deadline = time.monotonic() + self.settings.ppo.rollout_timeout_s
+        while not any(beat.service == "rounds" and beat.fields["ready"] for beat in self.registry.beats()):
+            self._keep_going()
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(
+                    f"feedback.rounds is {self.settings.feedback.rounds}, but no `rlhf rounds` has reported for "
+                    f"{self.settings.ppo.rollout_timeout_s:.0f} s; start it, or set feedback.rounds to 0"
+                )
+            time.sleep(PAUSED_POLL_S)
 
     def _while_paused(self) -> None:
         """Until whoever holds the trainer lets it go on; a person can, by `rlhf rounds resume`."""

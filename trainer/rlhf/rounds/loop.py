@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-import time
+from typing import Any
 
 from rlhf.annotate.store import open_store
 from rlhf.data.prompts import read_prompts
@@ -35,7 +35,7 @@ from rlhf.v1 import reward_pb2, reward_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.2
+LOOK_EVERY_S = 5.0
 
 
 def run(settings: Settings) -> None:
@@ -63,9 +63,9 @@ def resume(settings: Settings) -> None:
 class Loop:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._doing = "starting"
+        self._doing, self._ready = "starting", False
         self._registry = open_registry(connect(settings), settings.run.name, settings.redis)
-        self._heartbeat = Heartbeat(self._registry, "rounds", "rounds", lambda: {"doing": self._doing})
+        self._heartbeat = Heartbeat(self._registry, "rounds", "rounds", self._describe)
 
     def run(self) -> None:
         settings = self._settings
@@ -77,6 +77,8 @@ class Loop:
                 settings, Sampler(settings, tokenizer), self._judges(), self._registry, self._in_service, self._tell
             )
             for planned in plan(prompts, settings.feedback, settings.ppo.steps):
+                # PPO makes no step before there is somebody to hold it, and something to compare it with.
+                self._ready = planned.number > 0
                 if not (one := Round(tools, planned)).done:
                     self._wait_for(planned)
                     one.run()
@@ -92,8 +94,9 @@ class Loop:
     def _wait_for(self, planned: Planned) -> None:
         """Until PPO has published the round's step. As long as that takes: the trainer has its own deadlines."""
         self._tell(f"round {planned.number} begins at step {planned.step}")
-        while (current := self._registry.current()) is None or current.version.step < planned.step:
-            time.sleep(POLL_S)
+        current = self._registry.current()
+        while current is None or current.version.step < planned.step:
+            current = self._registry.wait_for_change(LOOK_EVERY_S, current)
 
     def _in_service(self) -> str:
         its = self._settings.rollouts
@@ -106,6 +109,9 @@ class Loop:
                     raise
                 log.info("the reward service is asked again: %s", error)
                 return ""
+
+    def _describe(self) -> dict[str, Any]:
+        return {"doing": self._doing, "ready": self._ready}
 
     def _tell(self, doing: str) -> None:
         if doing != self._doing:
