@@ -16,8 +16,10 @@ seeds. Labels are counted when they are asked for, so those kept out count.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -40,7 +42,8 @@ from rlhf.rounds.measures import worth_of_active
 from rlhf.rounds.selection import bald, choose
 
 ROUNDS, MEMBERS = 9, 5
-STEPS = 120
+STEPS = 100
+PROCESSES = 2
 CANDIDATES, RANDOM_SHARE = 2, 0.3
 """The defaults of the settings."""
 FEWER = 0.7
@@ -48,6 +51,10 @@ FEWER = 0.7
 RANDOM, BALD, FALLING_BACK, LOGITS = "at random", "BALD", "BALD, fall-back", "logit variance"
 WAYS = (RANDOM, BALD, FALLING_BACK, LOGITS)
 RESAMPLED = 4000
+WORLDS = {"": 0.0, "uneven: ": 0.8}
+"""Prefix of the figures' names, and how uneven the prompts are."""
+NO_WORSE = -0.5
+"""Points, by which the fall-back may be below random with as many labels."""
 
 Key = tuple[int, int]
 """Round, and number among its candidates; round 0 is what all begin with."""
@@ -114,31 +121,36 @@ class Ensemble(nn.Module):
 
 
 def measure(options: Options) -> Measured:
-    torch.set_num_threads(1)
     seeds, each, steps = options.size(10, 2), options.size(40, 10), options.size(STEPS, 10)
-    found: dict[str, list[Course]] = {way: [] for way in WAYS}
-    for seed in range(seeds):
-        say(f"  seed {seed + 1}/{seeds}")
-        world = make(seed, each, steps)
-        for way in WAYS:
-            found[way].append(course(world, way, each))
-    curves = {way: np.array([one.accuracies for one in courses]) for way, courses in found.items()}
-    setup: dict[str, float] = {
-        "seeds": seeds,
-        "labels": each * (1 + ROUNDS),
-        "rounds": ROUNDS,
-        "candidates": CANDIDATES,
-    }
-    setup |= {"random_share": RANDOM_SHARE, "members": MEMBERS, "completions": COMPLETIONS}
-    figures, checks = _figures(curves, found[FALLING_BACK])
-    return Measured(figures, setup, {"torch": 1}, checks)
+    figures: list[Figure] = []
+    checks: dict[str, dict[str, float]] = {}
+    # New processes and not forks of this one, whose torch may have threads.
+    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
+        for prefix, uneven in WORLDS.items():
+            say(f"  {prefix}{seeds} seeds")
+            courses = list(pool.map(_courses, [(seed, each, steps, uneven) for seed in range(seeds)]))
+            found = {way: [one[way] for one in courses] for way in WAYS}
+            more, intervals = _figures(prefix, found)
+            figures, checks = figures + more, checks | intervals
+    setup: dict[str, float] = {"seeds": seeds, "labels": each * (1 + ROUNDS), "rounds": ROUNDS}
+    setup |= {"candidates": CANDIDATES, "random_share": RANDOM_SHARE, "members": MEMBERS, "completions": COMPLETIONS}
+    return Measured(figures, setup, {f"each of {PROCESSES} processes": 1}, checks)
 
 
-def make(seed: int, each: int, steps: int) -> World:
+def _courses(task: tuple[int, int, int, float]) -> dict[str, Course]:
+    """Of every way, for one seed."""
+    torch.set_num_threads(1)
+    seed, each, steps, uneven = task
+    world = make(seed, each, steps, uneven)
+    return {way: course(world, way, each) for way in WAYS}
+
+
+def make(seed: int, each: int, steps: int, uneven: float) -> World:
     rng = np.random.default_rng([seed, 0])
     own = taste(rng)
-    test = completions(1000, rng)
-    rounds = [completions(each, rng), *(completions(CANDIDATES * each, rng) for _ in range(ROUNDS))]
+    test = completions(1000, rng, uneven)
+    sizes = [each] + ROUNDS * [CANDIDATES * each]
+    rounds = [completions(size, rng, uneven) for size in sizes]
     annotator, ranks = Annotator("honest", NOISE), {}
     for number, features in enumerate(rounds):
         for index, utilities in enumerate(own(features)):
@@ -240,31 +252,35 @@ def _judgment(key: Key, ranks: tuple[int, ...]) -> Judgment:
     )
 
 
-def _figures(
-    curves: dict[str, Floats], falling_back: Sequence[Course]
-) -> tuple[list[Figure], dict[str, dict[str, float]]]:
+def _figures(prefix: str, found: dict[str, list[Course]]) -> tuple[list[Figure], dict[str, dict[str, float]]]:
+    curves = {way: np.array([one.accuracies for one in courses]) for way, courses in found.items()}
     fewer, figures = round(FEWER * (ROUNDS + 1)) - 1, []
     for way in WAYS:
-        figures += [Figure(f"{way}: all labels", "%", curves[way][:, -1].tolist())]
-        figures += [Figure(f"{way}: 70 % of the labels", "%", curves[way][:, fewer].tolist())]
+        figures += [Figure(f"{prefix}{way}: all labels", "%", curves[way][:, -1].tolist())]
+        figures += [Figure(f"{prefix}{way}: 70 % of the labels", "%", curves[way][:, fewer].tolist())]
     for way in WAYS[1:]:
         less = curves[way][:, fewer] - curves[RANDOM][:, -1]
-        wanted = 0.0 if way == FALLING_BACK else None
-        name = f"{way}: 70 % of the labels, less at random with all"
-        figures += [Figure(name, "points", less.tolist(), at_least=wanted, headline=True)]
-        gain = (curves[way] - curves[RANDOM])[:, 1:].mean(1)
-        figures += [Figure(f"{way}: above random with as many labels, mean of rounds", "points", gain.tolist())]
+        figures += [Figure(f"{prefix}{way}: 70 % of the labels, less at random with all", "points", less.tolist())]
+        above = (curves[way] - curves[RANDOM])[:, 1:].mean(1)
+        bound = NO_WORSE if way == FALLING_BACK else None
+        name = f"{prefix}{way}: above random with as many labels, mean of rounds"
+        figures += [Figure(name, "points", above.tolist(), at_least=bound, headline=True)]
     checks = {figure.name: interval(list(figure.values)) for figure in figures}
     for way in WAYS[1:]:
-        name, found = f"{way}: labels for random's accuracy", shares(curves[way], curves[RANDOM])
-        wanted = 100 * FEWER if way == FALLING_BACK else None
-        figures += [Figure(name, "%", [found["mean"]], at_most=wanted, headline=True)]
-        checks[name] = found
-    given_up = [100.0 * (one.gave_up is not None) for one in falling_back]
-    figures += [Figure("fall-back engaged, of the seeds", "%", [float(np.mean(given_up))], headline=True)]
-    checks["fall-back engaged in round"] = {str(n): float(one.gave_up or 0) for n, one in enumerate(falling_back)}
-    checks |= {f"curve: {way}": {str(n): v for n, v in enumerate(curves[way].mean(0).tolist())} for way in WAYS}
+        name, share = f"{prefix}{way}: labels for random's accuracy", shares(curves[way], curves[RANDOM])
+        bound = 100 * FEWER if way == FALLING_BACK else None
+        figures += [Figure(name, "%", [share["mean"]], at_most=bound, headline=True)]
+        checks[name] = share
+    engaged = [one.gave_up for one in found[FALLING_BACK]]
+    share_engaged = 100 * float(np.mean([number is not None for number in engaged]))
+    figures += [Figure(f"{prefix}fall-back engaged, of the seeds", "%", [share_engaged], headline=True)]
+    checks[f"{prefix}round in which the fall-back engaged, by seed; 0: never"] = _numbered(n or 0 for n in engaged)
+    checks |= {f"{prefix}{way}: mean curve": _numbered(curves[way].mean(0).tolist()) for way in WAYS}
     return figures, checks
+
+
+def _numbered(values: Iterable[float]) -> dict[str, float]:
+    return {str(number): value for number, value in enumerate(values)}
 
 
 def shares(active: Floats, at_random: Floats) -> dict[str, float]:

@@ -198,10 +198,18 @@ def _train(network: nn.Module, people: Annotators, loss: RankingLoss, world: Wor
         schedule.step()
 
 
-def completions(prompts: int, rng: np.random.Generator) -> Floats:
-    """[prompts, COMPLETIONS, WIDTH]: those of one prompt have something in common."""
+def completions(prompts: int, rng: np.random.Generator, uneven: float = 0.0) -> Floats:
+    """[prompts, COMPLETIONS, WIDTH]: those of one prompt have something in common.
+
+    Args:
+        uneven: standard deviation of the logarithm of how far they differ; above 0, those of some prompts are nearly
+            alike, as a policy's are.
+    """
     own = 0.9 * rng.normal(size=(prompts, COMPLETIONS, WIDTH))
-    return np.asarray(own + 0.44 * rng.normal(size=(prompts, 1, WIDTH)), dtype=np.float64)
+    common = 0.44 * rng.normal(size=(prompts, 1, WIDTH))
+    if uneven:
+        own *= np.exp(uneven * rng.normal(size=(prompts, 1, 1)))
+    return np.asarray(own + common, dtype=np.float64)
 
 
 def taste(rng: np.random.Generator) -> Callable[[Floats], Floats]:

@@ -31,8 +31,9 @@ WANTED = {
         "minority called bad",
     },
     "selection": {
-        "BALD, fall-back: 70 % of the labels, less at random with all",
-        "BALD, fall-back: labels for random's accuracy",
+        f"{world}BALD, fall-back: {what}"
+        for world in ("", "uneven: ")
+        for what in ("above random with as many labels, mean of rounds", "labels for random's accuracy")
     },
     "sentences": {
         *(
