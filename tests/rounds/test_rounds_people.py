@@ -12,7 +12,7 @@ import pytest
 
 from rlhf.feedback.judgments import read_judgments
 from support.annotating import PASSWORD
-from support.annotation_client import replies, submit_form
+from support.annotation_client import log_in, replies, submit_form
 from support.feedback_runs import figures, rounds_of_feedback
 from support.runs import wait_until
 
@@ -39,7 +39,7 @@ class Output(threading.Thread):
 def answer_everything(client: httpx.Client) -> int:
     """Likes the longer reply; how many answers."""
     answers = 0
-    while "/answer" in (page := client.get("/")).text:
+    while 'action="/answer"' in (page := client.get("/")).text:
         lengths = [len(reply) for reply in replies(page)]
         if 'name="preference"' in page.text:
             fields = {"preference": "1" if lengths[1] > lengths[0] else "-1"}
@@ -66,6 +66,7 @@ def test_ppo_waits_for_a_person_and_goes_on(tmp_path: Any) -> None:
             action = next((a for a in re.findall(r'<form[^>]*action="([^"]*)"', page.text) if "join" in a), "")
             joined = submit_form(client, page, action, {"name": "ada", "password": PASSWORD}, url=link)
             assert joined.status_code == 200, joined.text
+            assert log_in(client, "ada").status_code == 200
             wait_until(lambda: "paused: round 1 of feedback: 0 of" in output.text, "the wait for people", 120)
             held = run.steps()
             assert held < 6
@@ -73,11 +74,15 @@ def test_ppo_waits_for_a_person_and_goes_on(tmp_path: Any) -> None:
             assert run.steps() == held
             assert answer_everything(client) >= 6
             # The finished policy is audited too, while nothing waits any more.
-            wait_until(lambda: "/answer" in client.get("/").text or running.poll() is not None, "the last audit", 120)
+            wait_until(
+                lambda: 'action="/answer"' in client.get("/").text or running.poll() is not None, "the last audit", 120
+            )
             answer_everything(client)
         assert running.wait(60) == 0, output.text
     finally:
         running.kill()
+        running.wait()
+        running.stdout.close()
     judgments = read_judgments(run.paths.rounds / "1" / "judgments.jsonl")
     assert {one.annotator for one in judgments} != {"simulated-0"}
     assert all(one.guideline_version and one.created_at for one in judgments)
