@@ -1,4 +1,4 @@
-"""Which packages of pyproject.toml an image needs: `python requirements.py light|annotate|serving|training`, one per line.
+"""Which packages of pyproject.toml an image needs: `requirements.py light|annotate|serving|training`, one per line.
 
 torch is installed before, by its exact version. Left out are packages that no container uses: triton comes with those
 builds of torch that need it, and Redis has a container of its own.
@@ -23,7 +23,8 @@ def requirements(image: str, declared: list[str]) -> list[str]:
     """Those of `declared` that the image adds to the images below it."""
     names = {re.split(r"[^A-Za-z0-9_-]", line, maxsplit=1)[0]: line for line in declared}
     others = [name for name in names if name not in {*LIGHT, *SERVING, *LEFT_OUT}]
-    return [names[name] for name in {"light": LIGHT, "annotate": ANNOTATE, "serving": SERVING, "training": others}[image]]
+    wanted = {"light": LIGHT, "annotate": ANNOTATE, "serving": SERVING, "training": others}
+    return [names[name] for name in wanted[image]]
 
 
 if __name__ == "__main__":
