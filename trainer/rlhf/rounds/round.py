@@ -72,7 +72,6 @@ class Round:
     def __init__(self, tools: Tools, planned: Planned) -> None:
         self._tools, self._settings, self._planned = tools, tools.settings, planned
         self._folder = self._settings.paths.rounds / str(planned.number)
-        self._seconds: dict[str, float] = {}
 
     @property
     def done(self) -> bool:
@@ -110,7 +109,7 @@ class Round:
         at_least = None if current is None else current.version
         for asked, path in (
             (self._candidates, self._path("samples")),
-            (self._audit_of(self._planned), self._path("audit-samples")),
+            (self._audited, self._path("audit-samples")),
         ):
             if not path.exists() and asked.prompts:
                 self._tools.doing(f"round {self._planned.number}: sampling {len(asked.prompts)} prompts")
@@ -126,9 +125,10 @@ class Round:
     def _candidates(self) -> Asked:
         return self._asked("candidates", self._planned.candidates, self._settings.feedback.completions)
 
-    def _audit_of(self, planned: Planned) -> Asked:
+    @property
+    def _audited(self) -> Asked:
         """One completion each of the same prompts in every round."""
-        return self._asked("audit", planned.audit, 1)
+        return self._asked("audit", self._planned.audit, 1)
 
     def _asked(self, what: str, prompts: Sequence[Prompt], completions: int) -> Asked:
         number = self._planned.number
@@ -344,7 +344,7 @@ class Round:
         path, pairs = self._path("audit", ".json"), self._audit_pairs()
         if path.exists() or not pairs:
             return dict(read_json(path)) if path.exists() else {"pairs": 0, "over_optimised": False}
-        asked = self._audit_of(self._planned)
+        asked = self._audited
         new, old = (self._tools.sampler.score(asked, samples) for samples in zip(*pairs, strict=True))
         rewards = [float(a.scores[0] - b.scores[0]) for a, b in zip(new, old, strict=True)]
         same = sum(self._text(a) == self._text(b) for a, b in pairs)
