@@ -37,6 +37,7 @@ def test_every_key_that_is_written_is_documented_with_its_type(redis_settings: R
         registry.advance(version, "u", None)
         registry.register(Replica("p", "a:1", version, None, True))
         registry.beat("policy", "p", {})
+        registry.pause("p", "a reason")
         prefix = RunKeys(run_name).prefix
         written = {key.decode().removeprefix(prefix): client.type(key).decode() for key in client.keys(f"{prefix}*")}
     assert {_general(key): kind for key, kind in written.items()} == {
