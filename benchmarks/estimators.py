@@ -4,23 +4,22 @@ The real sentences' run (`rlhf run configs/movie-reviews.toml`) has made policy,
 every estimator starts a PPO run of its own, with the same settings, seed and number of completions in a step. Those
 that compare a prompt's completions get four of a quarter of the prompts. Snapshots along each run are measured on the
 held-out prompts: the judge's gain over the initial policy against KL, read between snapshots at the same KL for all.
-The runs are one after the other, so a machine that does something else meanwhile wrongs one of them. A finished run is
+What a step takes is measured apart, in short runs one after the other: nothing else may compute then. A finished run is
 not repeated.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections.abc import Sequence
 from itertools import pairwise
 
 from harness.bench import Figure, Measured, Options, main, say
-from harness.demo import DEMO, MODELS_RUN, make_models, rlhf_run
+from harness.demo import DEMO, MODELS_RUN, make_models, rlhf_run, run_ppo
 from harness.machine import ROOT
 from rlhf.evaluate.results import Point, read_evaluation, read_frontier
-from rlhf.settings.loader import load_settings
+from rlhf.settings.loader import load_settings, with_overrides
 from rlhf.settings.paths import RunPaths
 from rlhf.settings.run import Settings
 from rlhf.supervisor.group import child_environment
@@ -29,7 +28,7 @@ CONFIG = ROOT / "configs" / "movie-reviews.toml"
 ESTIMATORS = ("gae", "a2c", "rloo", "grpo", "reinforce++")
 OF_GROUPS = {"rloo": 4, "grpo": 4}
 """Completions of a prompt, for those that compare them."""
-AT_NATS = (2.0, 3.0, 4.0)
+AT_NATS, SHOWN_NATS = (2.0, 3.0, 4.0), 3.0
 PHASES = ("wait", "train", "publish")
 TIMEOUT_S = 7200.0
 
@@ -42,12 +41,15 @@ def measure(options: Options) -> Measured:
         raise SystemExit(
             f"{base.folder}: not there; make it with: rlhf run {CONFIG.relative_to(ROOT)} --set data.folder=…"
         )
-    runs = {name: _settings(options, base, name) for name in ESTIMATORS}
+    tried = ("gae", "reinforce++") if options.quick else ESTIMATORS
+    runs = {name: _settings(options, base, name) for name in tried}
     for name, settings in runs.items():
         say(f"  {name}")
         _run(settings)
     figures = [figure for name, settings in runs.items() for figure in _quality(name, settings)]
-    figures += [Figure(f"{name}: a step", "s", _steps_s(settings), headline=True) for name, settings in runs.items()]
+    for name, settings in runs.items():
+        say(f"  {name}: seconds")
+        figures.append(Figure(f"{name}: a step", "s", _steps_s(settings, options.size(9, 2)), headline=True))
     one = runs["gae"]
     setup = {
         "steps": one.ppo.steps,
@@ -68,6 +70,7 @@ def _settings(options: Options, base: RunPaths, name: str) -> Settings:
         "run.stages": '["ppo", "evaluate"]',
         "run.model": base.pretrained,
         "run.min_judge_gain": "none",
+        "feedback.rounds": 0,
         "reward.model": base.reward_model,
         "critic.model": base.reward_model,
         "ppo.prompts": base.prompts,
@@ -100,9 +103,11 @@ def _run(settings: Settings) -> None:
         subprocess.run(rlhf_run(config), stdout=log, stderr=log, env=environment, timeout=TIMEOUT_S, check=True)
 
 
-def _steps_s(settings: Settings) -> list[float]:
-    """Of each step but the first, in which the services warm up."""
-    rows = [json.loads(line) for line in settings.paths.metrics.read_text().splitlines()]
+def _steps_s(settings: Settings, steps: int) -> list[float]:
+    """Of each step but the first, in which the services warm up, in a run of so many."""
+    own = {"run.name": f"timed-{settings.run.name}", "run.stages": '["ppo"]', "ppo.steps": steps}
+    own |= {"ppo.snapshot_every": 0, "ppo.checkpoint_every": 10**6}
+    rows = run_ppo(with_overrides(settings, [f"{key}={value}" for key, value in own.items()]), lambda pids: None)
     return [sum(row[f"seconds_{phase}"] for phase in PHASES) for row in rows[1:]]
 
 
@@ -116,7 +121,7 @@ def _quality(name: str, settings: Settings) -> list[Figure]:
     for nats in AT_NATS:
         gain = gain_at(points, nats)
         if gain is not None:
-            figures.append(Figure(f"{name}: judge's gain at {nats:g} nats", "", [gain], headline=nats == AT_NATS[-1]))
+            figures.append(Figure(f"{name}: judge's gain at {nats:g} nats", "", [gain], headline=nats == SHOWN_NATS))
     return figures
 
 

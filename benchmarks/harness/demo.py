@@ -47,6 +47,8 @@ def demo_settings(options: Options, *, steps: int) -> Settings:
         "ppo.steps": steps,
         "ppo.checkpoint_every": 10**6,
         "ppo.sample_every": 10**6,
+        # PPO alone is measured.
+        "feedback.rounds": 0,
     }
     return load_settings(files=[DEMO], overrides=[f"{name}={value}" for name, value in own.items()])
 
