@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rlhf.ops.dispatch import uses_triton
+
 PRODUCT_ROWS = 16384
 
 
@@ -41,8 +43,10 @@ class HeadGradient:
     def __init__(
         self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], *, accumulate: bool = False
     ) -> None:
-        self.dtype = torch.float32 if hidden.dtype == torch.float16 and not hidden.is_cuda else hidden.dtype
-        """Of the logits' gradients: matrix units want the inputs' dtype; a CPU has none for float16."""
+        in_float32 = not hidden.is_cuda and (hidden.dtype == torch.float16 or uses_triton(hidden))
+        self.dtype = torch.float32 if in_float32 else hidden.dtype
+        """Of the logits' gradients: matrix units want the inputs' dtype. A CPU has none for float16, and Triton's
+        interpreter cuts bfloat16 off where it should round."""
         self._hidden, self._weight = hidden.to(self.dtype), weight
         needs_hidden, needs_weight, needs_bias = needs
         self._accumulate = accumulate
