@@ -28,7 +28,7 @@ demo: setup ## all three steps on one machine, from nothing to an improved polic
 	@$(BIN)/rlhf demo
 
 test: setup ## the suite that needs nothing but pip
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not system and not docker and not long"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not system and not docker and not long"
 	@$(MAKE) --no-print-directory test-kernels
 
 test-kernels: setup ## part of make test: the kernels, in Triton's interpreter; no GPU is needed
