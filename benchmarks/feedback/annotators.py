@@ -13,16 +13,17 @@ Minority: six of twenty have a taste of their own, three click at random. Four g
 import sys
 from pathlib import Path
 
-# The folder of this file makes way: its modules are the package `feedback`.
-sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+if __name__ == "__main__":
+    # The folder of this file makes way: its modules are the package `feedback`.
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from feedback.intervals import interval  # noqa: E402
-from feedback.world import STEPS, Training, accuracy, auc, learn, make, own_accuracies, verdicts  # noqa: E402
-from harness.bench import Figure, Measured, Options, main, say  # noqa: E402
-from rlhf.preference.reliability import BAD  # noqa: E402
+from feedback.intervals import interval
+from feedback.world import STEPS, Training, accuracy, auc, learn, make, own_accuracies, verdicts
+from harness.bench import Figure, Measured, Options, main, say
+from rlhf.preference.reliability import BAD
 
 PEOPLE, BAD_PEOPLE = 20, 6
 SAME = "Plackett-Luce, all clean"

@@ -39,7 +39,7 @@ from rlhf.preference.annotators import Annotator, Shown, ranks_of
 from rlhf.preference.loss import RankingLoss
 from rlhf.preference.rankings import Ranking, rankings_of
 from rlhf.rounds.measures import worth_of_active
-from rlhf.rounds.selection import bald, choose
+from rlhf.rounds.selection import bald, choose, is_given_up
 
 ROUNDS, MEMBERS = 9, 5
 STEPS = 100
@@ -177,11 +177,6 @@ def course(world: World, way: str, each: int) -> Course:
             gains += _gain(world, ensemble, others, heldout)
         asked, kept_out = [*asked, *kept_out, *others], heldout
     return Course([*accuracies, _accuracy(world.ensemble(asked), world)], gave_up)
-
-
-def is_given_up(gains: Sequence[float]) -> bool:
-    """The product's rule: see `Round` in rlhf.rounds.round."""
-    return len(gains) >= 2 and sum(gains[-2:]) <= 0
 
 
 def fit(features: Floats, ranks: Sequence[Sequence[int]], seed: int, steps: int) -> Ensemble:

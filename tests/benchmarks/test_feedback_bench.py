@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from feedback.intervals import interval
-from feedback.selection import is_given_up, logit_variance, shares
+from feedback.selection import logit_variance, shares
 from feedback.world import judged
+from rlhf.rounds.selection import is_given_up
 from support.tiny import tiny_lm_folder
 from table import FEEDBACK_NAMES, everything, headlines, load
 

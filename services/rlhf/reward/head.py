@@ -22,6 +22,8 @@ from rlhf.wire.records import Floats
 
 _log = logging.getLogger(__name__)
 
+PLAIN_MEAN = Aggregation()
+
 
 class RewardHead:
     """Everything here runs in the worker thread."""
@@ -31,7 +33,7 @@ class RewardHead:
         model: RewardEnsemble,
         tokenizer: PreTrainedTokenizerBase,
         about: About,
-        aggregation: Aggregation = Aggregation(),  # noqa: B008
+        aggregation: Aggregation = PLAIN_MEAN,
     ) -> None:
         self.about = about
         self.max_context_tokens = model.first.context_tokens
@@ -51,7 +53,7 @@ class RewardHead:
         device: str,
         dtype: str,
         threads: int,
-        aggregation: Aggregation = Aggregation(),  # noqa: B008
+        aggregation: Aggregation = PLAIN_MEAN,
     ) -> RewardHead:
         """
         Raises:

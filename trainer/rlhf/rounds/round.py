@@ -34,7 +34,7 @@ from rlhf.rounds.measures import audited, compare_models, worth_of_active
 from rlhf.rounds.plan import Planned
 from rlhf.rounds.refresh import features_of, first_judgments, first_model, refresh, scores_of
 from rlhf.rounds.sampling import Asked, Sampler
-from rlhf.rounds.selection import Chosen, bald, choose
+from rlhf.rounds.selection import Chosen, bald, choose, is_given_up
 from rlhf.settings.run import Settings
 
 log = logging.getLogger(__name__)
@@ -240,7 +240,7 @@ class Round:
         if any(figures["chosen_by"] == "random" for figures in earlier):
             return False
         gains = [float(figures["active_gain"]) for figures in earlier[-2:] if "active_gain" in figures]
-        if len(gains) == 2 and sum(gains) <= 0:
+        if is_given_up(gains):
             log.warning("asking what the members disagree about was no better than asking at random; it is given up")
             return False
         return True

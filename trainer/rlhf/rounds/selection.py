@@ -75,6 +75,15 @@ def choose(worth: Doubles | None, candidates: int, count: int, random_share: flo
     ]
 
 
+def is_given_up(gains: Sequence[float]) -> bool:
+    """Whether the last two rounds' active labels were worth no more than as many random ones.
+
+    Args:
+        gains: of each round that measured it, earliest first.
+    """
+    return len(gains) >= 2 and sum(gains[-2:]) <= 0
+
+
 def inclusion(worth: Doubles, count: int) -> Doubles:
     """[N] probabilities in proportion to worth, none above 1, that add up to `count`."""
     if not count:
