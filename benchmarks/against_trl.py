@@ -36,7 +36,8 @@ TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
 TRL_SIDE = Path(__file__).parent / "harness" / "trl_side.py"
 TIMEOUT_S = 900.0
 PRECISIONS = ("float32", "bfloat16")
-MEMORY_EVERY_S = 1.0
+MEMORY_EVERY_S = 5.0
+"""Reading the page tables of gigabytes stops their process for a while, and every step has its peak."""
 WANTED_BF16, WANTED_FLOAT32, WANTED_OF_FLOOR = 3.0, 1.4, 0.4
 
 
@@ -158,7 +159,7 @@ def _ours(options: Options, work: Work, folders: Folders, precision: str) -> Ran
 
     def watch(pids: dict[str, int]) -> None:
         nonlocal peak_mib, looked_s
-        # The ppo process is the last that starts; reading every page table costs the machine something.
+        # The ppo process is the last that starts.
         if time.monotonic() - looked_s < MEMORY_EVERY_S or "ppo" not in pids:
             return
         looked_s = time.monotonic()
@@ -188,6 +189,8 @@ def _settings(options: Options, work: Work, folders: Folders, precision: str) ->
         "reward.dtype": precision,
         "reference.dtype": precision,
         "ppo.dtype": precision,
+        # Faster than sdpa at 64 tokens, in both precisions.
+        "ppo.attention": "eager",
         "policy.max_sequences": work.batch,
         "policy.threads": work.threads,
         # Both at once, when nothing else computes.

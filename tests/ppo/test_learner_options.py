@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf.errors import ModelError, SettingsError
-from rlhf.models.causal import checkpoint_activations
+from rlhf.models.causal import attend_with, checkpoint_activations
 from rlhf.ops import policy_gradient_loss, policy_loss
 from rlhf.ppo.experience import gather, minibatches
 from rlhf.ppo.settings import CriticSettings, KlSettings, PpoSettings
@@ -138,6 +138,24 @@ def test_checkpointing_leaves_dropout_off_and_needs_layers_that_can():
     assert not any(module.training for module in policy.modules() if isinstance(module, torch.nn.Dropout))
     with pytest.raises(ModelError, match="Linear: its layers cannot be checkpointed"):
         checkpoint_activations(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_either_attention_computes_the_same(architecture):
+    ids = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
+    logits = {}
+    for implementation in (None, "sdpa", "eager"):
+        policy = tiny_lm(architecture)
+        attend_with(torch.nn.ModuleList([policy]), implementation)
+        assert policy.base_model.config._attn_implementation == (implementation or "sdpa")
+        logits[implementation] = policy(input_ids=ids).logits
+    assert logits[None].equal(logits["sdpa"])
+    torch.testing.assert_close(logits["eager"], logits["sdpa"], atol=1e-5, rtol=1e-5)
+
+
+def test_an_attention_that_is_not_there():
+    with pytest.raises(ModelError, match="LlamaForCausalLM: has no attention 'nonsense'"):
+        attend_with(tiny_lm(), "nonsense")
 
 
 def gradient(step, rollouts):

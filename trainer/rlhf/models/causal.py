@@ -93,6 +93,20 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def attend_with(model: nn.Module, implementation: str | None) -> None:
+    """Gives every transformers model inside one of its implementations of attention; None: leaves them as they are.
+
+    Raises:
+        ModelError: the architecture does not have it.
+    """
+    for module in model.modules():
+        if implementation is not None and isinstance(module, PreTrainedModel):
+            try:
+                module.set_attn_implementation(implementation)
+            except ValueError as error:
+                raise ModelError(f"{type(module).__name__}: has no attention {implementation!r} (ppo.attention)") from error
+
+
 def checkpoint_activations(model: nn.Module) -> None:
     """Every layer's activations are computed again in the backward pass, not kept.
 

@@ -92,6 +92,9 @@ class PpoSettings(Compute):
     """Scores are clipped to ± this. None: not."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass rather than keep them: less memory, about a third more time."""
+    attention: Literal["sdpa", "eager"] | None = None
+    """Which of transformers' implementations policy and critic train with; None: its own choice, mostly `sdpa`. On a
+    CPU in bfloat16 `eager` is faster for short sequences; its memory grows with the square of their length."""
     seed: NonNegativeInt = 0
     """Seed of prompt order, sampling and minibatches."""
     checkpoint_every: PositiveInt = 10

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import ModelError, SettingsError
 from rlhf.models.adapters import add_adapter
-from rlhf.models.causal import disable_dropout, load_causal_lm, weights_sha256
+from rlhf.models.causal import attend_with, disable_dropout, load_causal_lm, weights_sha256
 from rlhf.models.folders import start_model
 from rlhf.models.output_layer import output_layer
 from rlhf.models.reward import RewardModel
@@ -45,6 +45,7 @@ def build_step(
     for module in (policy, critic):
         if module is not None:
             disable_dropout(module)
+            attend_with(module, settings.ppo.attention)
     if settings.lora.rank:
         add_adapter(policy, settings.lora, weights_sha256(folder), settings.ppo.seed)
     learner = Learner(
