@@ -12,7 +12,7 @@ import pytest
 from rlhf.cli.arguments import parse
 from rlhf.cli.main import BY_HAND, DEMO
 from rlhf.cli.records import StageRecord
-from rlhf.errors import ModelError, SettingsError
+from rlhf.errors import ModelError, SettingsError, StageFailed
 from rlhf.evaluate import rounds as shown
 from rlhf.evaluate.report import render
 from rlhf.models.folders import write_json
@@ -23,6 +23,7 @@ from rlhf.queues.connection import connect
 from rlhf.queues.deliveries import QueueCounts, QueueDepth
 from rlhf.queues.registry import Beat, open_registry
 from rlhf.rounds import loop
+from rlhf.rounds.plan import Planned
 from rlhf.settings.loader import load_settings
 from rlhf.settings.run import Settings
 from rlhf.supervisor import pipeline
@@ -107,6 +108,31 @@ def test_a_held_trainer_makes_no_step_until_a_person_lets_it_go_on(
     assert len(settings.paths.metrics.read_text().splitlines()) == 4
     loop.resume(settings)
     assert "nothing holds" in capsys.readouterr().out
+
+
+def test_rounds_do_not_wait_for_a_trainer_that_is_not_there(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "LOOK_EVERY_S", 0.05)
+    run = settings.run.model_copy(update={"start_timeout_s": 0.3})
+    redis = settings.redis.model_copy(update={"lease_s": 1.0})
+    registry = open_registry(connect(settings), settings.run.name, redis)
+    one = loop.Loop(settings.model_copy(update={"run": run, "redis": redis}))
+    beating = threading.Event()
+
+    def beat() -> None:
+        while not beating.wait(0.05):
+            registry.beat("ppo", "trainer-0", {})
+
+    trainer_thread = threading.Thread(target=beat)
+    began_s = time.monotonic()
+    trainer_thread.start()
+    threading.Timer(1.0, beating.set).start()
+    with pytest.raises(StageFailed, match="round 1 waits for step 2 of PPO, and no trainer has reported for 0.3 s"):
+        one._wait_for(Planned(1, 2, [], []))
+    trainer_thread.join()
+    # A trainer that reports is waited for.
+    assert time.monotonic() - began_s > 1.0
 
 
 def test_status_says_who_is_paused_and_what_the_rounds_do() -> None:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from typing import Any
 
 from rlhf.annotate.store import open_store
 from rlhf.data.prompts import read_prompts
-from rlhf.errors import RlhfError, SettingsError
+from rlhf.errors import RlhfError, SettingsError, StageFailed
 from rlhf.models.compute import set_threads
 from rlhf.models.folders import start_model, write_json
 from rlhf.models.tokenizer import load_tokenizer
@@ -43,6 +44,7 @@ def run(settings: Settings) -> None:
 
     Raises:
         SettingsError, ModelError: there are no rounds to make, or no reward model to refresh.
+        StageFailed: there is no trainer to wait for.
         RlhfError: what a round raises.
     """
     if not settings.feedback.rounds:
@@ -92,10 +94,22 @@ class Loop:
         return SimulatedJudges.of(self._settings)
 
     def _wait_for(self, planned: Planned) -> None:
-        """Until PPO has published the round's step. As long as that takes: the trainer has its own deadlines."""
+        """Until PPO has published the round's step, as long as a trainer is there, which has its own deadlines.
+
+        Raises:
+            StageFailed: none has reported for `run.start_timeout_s`.
+        """
         self._tell(f"round {planned.number} begins at step {planned.step}")
+        timeout_s, seen_s = self._settings.run.start_timeout_s, time.monotonic()
         current = self._registry.current()
         while current is None or current.version.step < planned.step:
+            if any(beat.service == "ppo" for beat in self._registry.beats()):
+                seen_s = time.monotonic()
+            elif time.monotonic() - seen_s > timeout_s:
+                raise StageFailed(
+                    f"round {planned.number} waits for step {planned.step} of PPO, and no trainer has reported for "
+                    f"{timeout_s:g} s; start it (`rlhf run` does), or see {self._settings.paths.logs / 'ppo.log'}"
+                )
             current = self._registry.wait_for_change(LOOK_EVERY_S, current)
 
     def _in_service(self) -> str:
