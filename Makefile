@@ -62,9 +62,10 @@ bench-estimators: setup ## PPO, A2C, RLOO, GRPO and REINFORCE++ on real sentence
 	@$(BIN)/python benchmarks/table.py
 
 # The last one needs what it reads; the folder is that of a run of configs/movie-reviews.toml.
-bench-feedback: setup ## bad annotators, a minority, active selection, some 25 minutes; SENTENCES=FOLDER adds real sentences
+bench-feedback: setup ## bad annotators, a minority, active selection, rounds, some 40 minutes; SENTENCES=FOLDER adds real sentences
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/feedback/annotators.py
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/feedback/selection.py
+	@$(BIN)/python benchmarks/feedback/loop.py
 	@$(if $(SENTENCES),OMP_NUM_THREADS=1 $(BIN)/python benchmarks/feedback/sentences.py --sentences $(SENTENCES),echo "real sentences are left out: make bench-feedback SENTENCES=FOLDER, of corpus.jsonl and labelled.jsonl")
 	@$(BIN)/python benchmarks/table.py
 

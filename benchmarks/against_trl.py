@@ -189,8 +189,7 @@ def _settings(options: Options, work: Work, folders: Folders, precision: str) ->
         "reward.dtype": precision,
         "reference.dtype": precision,
         "ppo.dtype": precision,
-        # Faster than sdpa at 64 tokens, in both precisions.
-        "ppo.attention": "eager",
+        "ppo.attention": work.attention,
         "policy.max_sequences": work.batch,
         "policy.threads": work.threads,
         # Both at once, when nothing else computes.

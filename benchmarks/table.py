@@ -20,7 +20,7 @@ TRL_NAMES = ("trl",)
 """Of `make bench-trl`."""
 LONG_NAMES = ("estimators",)
 """Of `make bench-estimators`."""
-FEEDBACK_NAMES = ("feedback-annotators", "feedback-selection", "feedback-sentences")
+FEEDBACK_NAMES = ("feedback-annotators", "feedback-selection", "feedback-sentences", "feedback-loop")
 """Of `make bench-feedback`."""
 MARKED = re.compile(r"(<!-- bench: begin -->\n).*?(<!-- bench: end -->)", re.DOTALL)
 

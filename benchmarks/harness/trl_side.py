@@ -78,8 +78,13 @@ def new_trainer(work: Work, folders: Folders, clock: Clock) -> PPOTrainer:
     # TRL looks for an end token in every response; without a stop token it ends none.
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
 
+    def policy() -> Any:
+        return AutoModelForCausalLM.from_pretrained(folders.policy, attn_implementation=work.attention)
+
     def classifier() -> Any:
-        return AutoModelForSequenceClassification.from_pretrained(folders.reward_model, num_labels=1)
+        return AutoModelForSequenceClassification.from_pretrained(
+            folders.reward_model, num_labels=1, attn_implementation=work.attention
+        )
 
     own = {
         "output_dir": str(folders.root / "trl"),
@@ -109,8 +114,8 @@ def new_trainer(work: Work, folders: Folders, clock: Clock) -> PPOTrainer:
     return PPOTrainer(
         args=PPOConfig(**own),
         processing_class=tokenizer,
-        model=AutoModelForCausalLM.from_pretrained(folders.policy),
-        ref_model=AutoModelForCausalLM.from_pretrained(folders.policy),
+        model=policy(),
+        ref_model=policy(),
         reward_model=classifier(),
         value_model=classifier(),
         train_dataset=_prompts(folders, tokenizer),
