@@ -128,7 +128,7 @@ def test_rounds_do_not_wait_for_a_trainer_that_is_not_there(
     began_s = time.monotonic()
     trainer_thread.start()
     threading.Timer(1.0, beating.set).start()
-    with pytest.raises(StageFailed, match="round 1 waits for step 2 of PPO, and no trainer has reported for 0.3 s"):
+    with pytest.raises(StageFailed, match=r"round 1 waits for step 2 of PPO, and no trainer has reported for 0\.3 s"):
         one._wait_for(Planned(1, 2, [], []))
     trainer_thread.join()
     # A trainer that reports is waited for.

@@ -104,7 +104,8 @@ def attend_with(model: nn.Module, implementation: str | None) -> None:
             try:
                 module.set_attn_implementation(implementation)
             except ValueError as error:
-                raise ModelError(f"{type(module).__name__}: has no attention {implementation!r} (ppo.attention)") from error
+                name = type(module).__name__
+                raise ModelError(f"{name}: has no attention {implementation!r} (ppo.attention)") from error
 
 
 def checkpoint_activations(model: nn.Module) -> None:
