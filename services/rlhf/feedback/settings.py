@@ -17,7 +17,7 @@ class FeedbackSettings(Section):
     """What to import: a file (.jsonl, .jsonl.gz, .parquet, .json), a folder of these, or the name of a Hugging Face
     dataset as "name", "name:config" or "name:config:split"."""
     format: str = "native"
-    """Form of what is imported or exported; the README has the table of them."""
+    """Form of what is imported or exported; docs/feedback.md has the table of them."""
     dataset: str = ""
     """Name of what is imported, in ids and as the policy version "unknown:<dataset>". Empty: the source's own."""
     on_bad: Literal["stop", "skip"] = "stop"
