@@ -69,13 +69,27 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
+def learning_weights(model: nn.Module) -> dict[str, Tensor]:
+    """`named_weights` without frozen parameters: all that training changes, so all that a checkpoint needs."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in named_weights(model).items() if name not in frozen}
+
+
 def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies in place, so optimiser and tied modules keep their tensors. Nothing is changed if anything does not fit.
 
     Raises:
         ModelError: a name is missing or unknown, or a shape differs.
     """
-    own = named_weights(model)
+    copy_tensors(named_weights(model), tensors)
+
+
+def copy_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """`copy_weights` into some of a model's weights.
+
+    Raises:
+        ModelError: as there.
+    """
     odd = sorted(own.keys() ^ tensors.keys())
     if odd:
         raise ModelError(f"the weights do not fit the model: {_first(odd)} on one side only")

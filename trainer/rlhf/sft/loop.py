@@ -36,7 +36,7 @@ from rlhf.models.training_state import (
     rng_state,
     save_training_state,
 )
-from rlhf.models.weights import copy_weights, named_weights
+from rlhf.models.weights import copy_tensors, learning_weights
 from rlhf.observe.progress import progress
 from rlhf.settings import Compute, Optimisation
 
@@ -238,7 +238,7 @@ class _Run:
     def save(self) -> None:
         """Writes the checkpoint of this step, then removes the one before."""
         tensors, optimizer = optimizer_state(self._optimizer, self._optimizer_names)
-        tensors |= {f"model/{name}": tensor for name, tensor in named_weights(self.job.model).items()} | rng_state()
+        tensors |= {f"model/{name}": tensor for name, tensor in learning_weights(self.job.model).items()} | rng_state()
         state = {
             "identity": self._identity,
             "step": self.step,
@@ -268,7 +268,7 @@ class _Run:
             remove_training_state(self.job.state_folder)
             return
         weights = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
-        copy_weights(self.job.model, weights)
+        copy_tensors(learning_weights(self.job.model), weights)
         load_optimizer_state(self._optimizer, self._optimizer_names, tensors, state["optimizer"])
         restore_rng_state(tensors)
         self.step, self._losses = int(state["step"]), list(state["losses"])
