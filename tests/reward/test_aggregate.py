@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.models.ensemble import Heads, about, raw_values, save_heads
+from rlhf.models.ensemble import Heads, RewardEnsemble, about, raw_values, save_heads
 from rlhf.models.padding import pad
 from rlhf.models.reward import RewardModel
 from rlhf.reward.aggregate import Aggregation, aggregate
@@ -20,7 +20,7 @@ from rlhf.serving.server import running
 from rlhf.settings.run import Settings
 from rlhf.v1 import reward_pb2, reward_pb2_grpc
 from rlhf.wire.tensors import from_ragged, from_tensor
-from support.tiny import tiny_lm_folder, tiny_tokenizer
+from support.tiny import tiny_adapted_folder, tiny_lm_folder, tiny_tokenizer
 
 MEMBERS = np.array([[1.0, 2.0, 3.0], [0.5, 0.5, 0.5]], np.float32)
 
@@ -88,5 +88,30 @@ def test_service_answers_with_every_member(tmp_path: Path) -> None:
             tokens = from_ragged(answer.token_rewards, "token_rewards", dtypes="f")
             assert [len(own) for own in tokens] == [len(tokenizer(text).input_ids) for _, text in texts]
             assert (await stub.Info(reward_pb2.RewardInfoRequest(), timeout=20)).members == 3
+
+    asyncio.run(ask())
+
+
+def test_service_answers_with_the_spread_of_adapters(tmp_path: Path) -> None:
+    folder, tokenizer = tiny_adapted_folder(tmp_path / "adapted"), tiny_tokenizer()
+    texts = [("A fine film", " with a slow start."), ("The plot", " was dull."), ("I liked", " it!")]
+    ids = [[*tokenizer(a).input_ids, *tokenizer(b).input_ids, tokenizer.eos_token_id] for a, b in texts]
+    with torch.no_grad():
+        values = [RewardEnsemble.load(folder).token_values(*pad([one], 1))[0, -1].numpy() for one in ids]
+
+    async def ask() -> None:
+        reward = RewardSettings(model=folder, port=0)
+        async with (
+            running("reward", reward, [SERVICE], starting(Settings(reward=reward))) as server,
+            connect(server.address, service=SERVICE) as channel,
+        ):
+            stub = reward_pb2_grpc.RewardServiceStub(channel)
+            batch = reward_pb2.TextBatch(items=[reward_pb2.TextItem(prompt=a, completion=b) for a, b in texts])
+            answer = await stub.Score(reward_pb2.ScoreRequest(texts=batch), timeout=20)
+            members = from_tensor(answer.member_scores, "member_scores", dtypes="f", ndim=2)
+            np.testing.assert_allclose(members, values, atol=1e-4)
+            spreads = from_tensor(answer.spreads, "spreads", dtypes="f", ndim=1)
+            np.testing.assert_allclose(spreads, np.std(values, axis=1), atol=1e-4)
+            assert spreads.min() > 1e-2
 
     asyncio.run(ask())

@@ -21,15 +21,16 @@ from rlhf.serving.worker_thread import WorkerThread
 from rlhf.settings.run import Settings
 from rlhf.v1 import reward_pb2, reward_pb2_grpc
 from rlhf.wire.tensors import from_tensor
-from support.tiny import tiny_reward_folder
+from support.tiny import tiny_adapted_folder, tiny_reward_folder
 
 ITEMS = [reward_pb2.TextItem(prompt="A fine film", completion=f" number {n}") for n in range(4)]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """An ordinary one, and an ensemble of adapters."""
     parent = tmp_path_factory.mktemp("models")
-    return [tiny_reward_folder(parent / f"model-{seed}", seed=seed) for seed in (0, 1)]
+    return [tiny_reward_folder(parent / "model-0"), tiny_adapted_folder(parent / "model-1")]
 
 
 def pointed_at(path: Path, folder: Path, sha256: str = "") -> str:

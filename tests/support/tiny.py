@@ -8,9 +8,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from rlhf.models.adapted import on_one_trunk
+from rlhf.models.adapters import Factors, inject_adapter, take_adapter
 from rlhf.models.causal import new_causal_lm, save_model
+from rlhf.models.ensemble import Heads, about, member_folders, raw_values, save_heads
+from rlhf.models.padding import pad
 from rlhf.models.reward import RewardModel
 from rlhf.models.tokenizer import train_tokenizer
+from rlhf.ppo.settings import LoraSettings
 from rlhf.sft.settings import PretrainSettings
 
 TEXTS = ("A fine film with a slow start.", "The plot was dull, the music good.", "I liked it!", "Avoid this one.")
@@ -47,4 +52,39 @@ def tiny_reward_folder(folder: Path, seed: int = 0, mean: float = 0.25, std: flo
     model = RewardModel.new(start, seed=seed)
     model.mean, model.std = mean, std
     model.save(folder, tiny_tokenizer())
+    return folder
+
+
+def tiny_adapters(base: RewardModel, count: int, rank: int = 2) -> list[Factors]:
+    """For the base's trunk, which they leave as it is; as if trained: no B is 0. They count twice."""
+    settings, found = LoraSettings(rank=rank, alpha=2 * rank, target_modules="all-linear"), []
+    for seed in range(count):
+        inject_adapter(base.trunk, settings, seed, "lora")
+        generator = torch.Generator().manual_seed(seed)
+        drawn = take_adapter(base.trunk).items()
+        found.append(
+            {name: (torch.randn(left.shape, generator=generator) / 10, right) for name, (left, right) in drawn}
+        )
+    return found
+
+
+def tiny_adapted_folder(folder: Path, architecture: str = "llama", members: int = 3) -> Path:
+    """A reward model's folder whose members are `tiny_adapters` on `tiny_lm`, which lies beside it as NAME-start."""
+    base = RewardModel.new(tiny_lm_folder(folder.with_name(f"{folder.name}-start"), architecture), seed=1)
+    trunks = on_one_trunk(base, tiny_adapters(base, members), alpha=4)
+    weight = torch.randn(members, 1, 16, generator=torch.Generator().manual_seed(0))
+    heads = Heads(weight, torch.zeros(1), torch.ones(1), torch.ones(1))
+    with torch.no_grad():
+        batch = pad([[5, 6, 7, 0], [9, 10, 0], [30, 31, 32, 33, 34, 0], [8, 0]], 1)
+        heads = heads.normalised(raw_values([trunk.last_hidden(*batch) for trunk in trunks], weight))
+        base.head.weight.copy_(weight[0])
+    base.mean, base.std = float(heads.mean[0, 0]), float(heads.std[0, 0])
+    base.facts["ensemble"] = about(heads, "lora")
+
+    def beside(temporary: Path) -> None:
+        save_heads(temporary, heads)
+        for place, trunk in zip(member_folders(temporary, members), trunks[1:], strict=True):
+            trunk.save(place)  # type: ignore[call-arg]
+
+    base.save(folder, tiny_tokenizer(), (), beside)
     return folder

@@ -5,7 +5,8 @@ a single model read as one, with more beside it:
 
     reward_model.json       "ensemble": {"members", "trunk", "groups", "combine", "quantile"}
     ensemble.safetensors    heads [M, G, H], normalisations, shares [G], the members' scores on the reference set [N, M]
-    members/1, members/2 …  with separate trunks: the other members, each a reward model's folder
+    members/1, members/2 …  the other members: with separate trunks each a reward model's folder, with trunk "lora" each
+                            an adapter on the first member's trunk, in peft's format (`rlhf.models.adapted`)
 
 The single model is the mean of all members' groups where they share a trunk, and the first member's where they do not.
 
@@ -18,7 +19,7 @@ Shapes: `B` sequences, `T` tokens, `H` hidden, `M` members, `G` groups, `N` sequ
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf.errors import ModelError
+from rlhf.models.adapted import AdaptedTrunk, adapter_sha256, is_adapter, load_adapter
 from rlhf.models.causal import weights_sha256
 from rlhf.models.folders import sha256_file
 from rlhf.models.reward import RewardModel, normalisation_of
 
 ENSEMBLE_FILE = "ensemble.safetensors"
 MEMBERS_FOLDER = "members"
+Trunk = RewardModel | AdaptedTrunk
+"""What gives hidden states."""
 
 
 @dataclass(frozen=True)
@@ -114,14 +118,14 @@ def combine_groups(values: Tensor, shares: Tensor, combine: str, quantile: float
 class RewardEnsemble(nn.Module):
     """The members of a reward model's folder; of an ordinary one, its single member."""
 
-    def __init__(self, trunks: list[RewardModel], heads: Heads) -> None:
+    def __init__(self, trunks: Sequence[Trunk], heads: Heads) -> None:
         """
         Args:
-            trunks: one that all members share, or one for each.
+            trunks: one that all members share, or one for each, of which the first is a reward model.
         """
         super().__init__()
         self.trunks = nn.ModuleList(trunks)
-        self.heads = heads.to(trunks[0].device)
+        self.heads = heads.to(self.first.device)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "cpu", dtype: str = "float32") -> RewardEnsemble:
@@ -137,9 +141,12 @@ class RewardEnsemble(nn.Module):
         heads = _load_heads(folder, stated)
         if heads.weight.shape[-1] != first.head.in_features:
             raise ModelError(f"{folder / ENSEMBLE_FILE}: its heads are for another model than the one beside it")
-        separate = stated.get("trunk") == "separate"
-        others = member_folders(folder, heads.members) if separate else []
-        return cls([first, *(RewardModel.load(other, device=device, dtype=dtype) for other in others)], heads)
+        others = member_folders(folder, heads.members)
+        if stated.get("trunk") == "separate":
+            return cls([first, *(RewardModel.load(other, device=device, dtype=dtype) for other in others)], heads)
+        if stated.get("trunk") == "lora":
+            return cls([first, *(AdaptedTrunk(first, load_adapter(other, first.trunk)) for other in others)], heads)
+        return cls([first], heads)
 
     @property
     def first(self) -> RewardModel:
@@ -213,7 +220,8 @@ def reward_sha256(folder: str | Path) -> str:
     if not (folder / ENSEMBLE_FILE).is_file():
         return own
     others = sorted((folder / MEMBERS_FOLDER).glob("*"), key=lambda path: int(path.name))
-    hashes = [own, sha256_file(folder / ENSEMBLE_FILE), *map(weights_sha256, others)]
+    hashes = [own, sha256_file(folder / ENSEMBLE_FILE)]
+    hashes += [adapter_sha256(other) if is_adapter(other) else weights_sha256(other) for other in others]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

@@ -69,13 +69,11 @@ class RewardModel(nn.Module):
         """
         causal = load_causal_lm(causal_folder, device=device, dtype=dtype)
         classifier = _classifier_over(causal, Path(causal_folder))
-        head = _head_of(classifier, Path(causal_folder))
-        generator = torch.Generator().manual_seed(seed)
-        weight = torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1)
-        with torch.no_grad():
-            head.weight.copy_(weight)
+        _head_of(classifier, Path(causal_folder))
         classifier.eval()  # type: ignore[no-untyped-call]
-        return cls(classifier)
+        model = cls(classifier)
+        model.draw_head(seed)
+        return model
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "cpu", dtype: str = "float32") -> Self:
@@ -143,6 +141,12 @@ class RewardModel(nn.Module):
     def device(self) -> torch.device:
         return self.head.weight.device
 
+    @torch.no_grad()
+    def draw_head(self, seed: int) -> None:
+        """Gives it the head that a new model of this seed has."""
+        weight = torch.randn(self.head.weight.shape, generator=torch.Generator().manual_seed(seed))
+        self.head.weight.copy_(weight / math.sqrt(self.head.in_features + 1))
+
     def normalise(self, raw_scores: Tensor) -> None:
         """Sets mean and std so that these raw scores, of the frozen reference set, become mean 0 and std 1.
 
@@ -170,10 +174,7 @@ class RewardModel(nn.Module):
 
     def last_hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[B, H]: below the head, at each sequence's last token."""
-        hidden = self.hidden(input_ids, attention_mask)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        last = (attention_mask * positions).amax(1)
-        return hidden[torch.arange(len(last), device=last.device), last]
+        return at_last_token(self.hidden(input_ids, attention_mask), attention_mask)
 
     def token_values(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[B, T] float32: the head's raw output at every token; meaningless where the mask is False."""
@@ -191,6 +192,13 @@ class RewardModel(nn.Module):
         """In float32 under any autocast: differences of scores are the quantity that matters."""
         with torch.autocast(hidden.device.type, enabled=False):
             return nn.functional.linear(hidden.float(), self.head.weight.float()).squeeze(-1)
+
+
+def at_last_token(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """[B, T, H] -> [B, H]"""
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (attention_mask * positions).amax(1)
+    return hidden[torch.arange(len(last), device=last.device), last]
 
 
 def normalisation_of(raw_scores: Tensor) -> tuple[Tensor, Tensor]:
