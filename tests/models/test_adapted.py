@@ -151,7 +151,8 @@ def test_padding_changes_nothing(folder: Path, padding: tuple[int, int]) -> None
     torch.testing.assert_close(values_of(model, (ids, mask)), values_of(model), atol=1e-4, rtol=1e-4)
 
 
-def test_serving_imports_no_peft(folder: Path) -> None:
+def test_serving_imports_no_peft(tmp_path: Path) -> None:
+    folder = tiny_adapted_folder(tmp_path / "adapted", members=MEMBERS)
     code = (
         "import sys\n"
         "from rlhf.models.ensemble import RewardEnsemble\n"
