@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf.data.rows import read_rows
 from rlhf.errors import DataError
-from rlhf.models.ensemble import MEMBERS_FOLDER, Heads, about, raw_values, save_heads
+from rlhf.models.ensemble import Heads, Trunk, about, member_folders, raw_values, save_heads
 from rlhf.models.folders import sha256_file
 from rlhf.models.padding import pad
 from rlhf.models.reward import REFERENCE_SET_FILE, RewardModel, ended
@@ -35,8 +35,9 @@ REFERENCE_SET_SIZE = 512
 
 @dataclass(frozen=True)
 class Assembled:
-    trunks: list[RewardModel]
-    """The first one's head, mean and std are those of the single model that the folder is to whoever reads one."""
+    trunks: list[Trunk]
+    """The first is a `RewardModel`, whose head, mean and std are those of the single model that the folder is to
+    whoever reads one."""
     heads: Heads
     """Normalised."""
     people: Tensor
@@ -50,7 +51,7 @@ class Assembled:
 
     @property
     def single(self) -> RewardModel:
-        return self.trunks[0]
+        return self.trunks[0]  # type: ignore[return-value]
 
     def raw_scores(self, sequences: Sequence[Sequence[int]], pad_id: int, section: RewardModelSettings) -> Floats:
         """[N]: mean over members and people, before normalisation."""
@@ -60,7 +61,7 @@ class Assembled:
 
 @torch.no_grad()
 def raw_scores(
-    trunks: Sequence[RewardModel],
+    trunks: Sequence[Trunk],
     weight: Tensor,
     sequences: Sequence[Sequence[int]],
     pad_id: int,
@@ -88,7 +89,7 @@ def assemble(fitted: Fitted, judged: Judged, section: RewardModelSettings) -> As
         ModelError: a head scores the whole reference set alike.
         DataError: the reference set asked for is not there, or a gold judgment does not say what is right.
     """
-    trunks = [model.reward for model in fitted.models]
+    trunks, single = fitted.trunks, fitted.models[0].reward
     own = torch.cat([model.group_heads(None) for model in fitted.models])
     reference = reference_set(judged.training, section)
     evidence = _evidence(trunks, own, judged, section) if section.annotators != "none" else {}
@@ -96,10 +97,10 @@ def assemble(fitted: Fitted, judged: Judged, section: RewardModelSettings) -> As
     weight = own if groups is None else torch.cat(list(_group_heads(fitted, groups)))
     shares = torch.ones(1) if groups is None else torch.from_numpy(groups.shares).float()
     heads = Heads(weight.cpu(), torch.zeros(1), torch.ones(1), shares, section.combine, section.combine_quantile)
-    raw = torch.from_numpy(raw_scores(trunks, weight, _encoded(reference, trunks[0], judged), judged.pad_id, section))
+    raw = torch.from_numpy(raw_scores(trunks, weight, _encoded(reference, single, judged), judged.pad_id, section))
     heads = heads.normalised(raw)
     people = (heads.weight * shares[:, None]).sum(1)
-    _make_single(trunks, heads, raw)
+    _make_single(single, trunks[1:], heads, raw)
     return Assembled(trunks, heads, people, reference, evidence, groups, _reliability(fitted))
 
 
@@ -122,14 +123,17 @@ def save(
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in assembled.reference]
     alone = heads.members == 1 and heads.groups == 1
     if not alone:
-        single.facts["ensemble"] = about(heads, "separate" if len(assembled.trunks) > 1 else "shared")
+        single.facts["ensemble"] = about(heads, section.trunk if len(assembled.trunks) > 1 else "shared")
         single.facts["groups"] = [] if assembled.groups is None else assembled.groups.as_json()
 
     def beside(folder: Path) -> None:
         if not alone:
             save_heads(folder, heads)
-        for number, trunk in enumerate(assembled.trunks[1:], start=1):
-            trunk.save(folder / MEMBERS_FOLDER / str(number), judged.tokenizer)
+        for place, trunk in zip(member_folders(folder, heads.members), assembled.trunks[1:], strict=False):
+            if isinstance(trunk, RewardModel):
+                trunk.save(place, judged.tokenizer)
+            else:
+                trunk.save(place)
 
     single.save(out, judged.tokenizer, rows, beside)
 
@@ -163,7 +167,7 @@ def _encoded(reference: Sequence[tuple[str, str]], model: RewardModel, judged: J
 
 
 def _evidence(
-    trunks: Sequence[RewardModel], own: Tensor, judged: Judged, section: RewardModelSettings
+    trunks: Sequence[Trunk], own: Tensor, judged: Judged, section: RewardModelSettings
 ) -> dict[str, Evidence]:
     both = [*judged.training, *judged.heldout]
     sequences = [sequence for comparison in both for sequence in comparison.token_ids]
@@ -197,10 +201,9 @@ def _group_heads(fitted: Fitted, groups: Groups) -> list[Tensor]:
     return heads
 
 
-def _make_single(trunks: Sequence[RewardModel], heads: Heads, raw: Tensor) -> None:
+def _make_single(first: RewardModel, others: Sequence[Trunk], heads: Heads, raw: Tensor) -> None:
     """The first trunk's head: the mean over its members of the mean over people, each as it is normalised."""
-    first = trunks[0]
-    own = slice(None) if len(trunks) == 1 else slice(0, 1)
+    own = slice(0, 1) if others else slice(None)
     if heads.members == 1 and heads.groups == 1:
         weight, scores = heads.weight[0], raw[:, 0, 0]
     else:
@@ -210,9 +213,10 @@ def _make_single(trunks: Sequence[RewardModel], heads: Heads, raw: Tensor) -> No
     with torch.no_grad():
         first.head.weight.copy_(weight)
     first.normalise(scores)
-    for member, trunk in enumerate(trunks[1:], start=1):
-        with torch.no_grad():
-            trunk.head.weight.copy_((heads.weight[member] * heads.shares[:, None]).sum(0, keepdim=True))
+    for member, trunk in enumerate(others, start=1):
+        if isinstance(trunk, RewardModel):
+            with torch.no_grad():
+                trunk.head.weight.copy_((heads.weight[member] * heads.shares[:, None]).sum(0, keepdim=True))
 
 
 def _reliability(fitted: Fitted) -> dict[str, dict[str, float]]:

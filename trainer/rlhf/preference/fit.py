@@ -1,4 +1,5 @@
-"""Training of a reward model's members: together on a shared trunk, or one after the other on trunks of their own."""
+"""Training of a reward model's members: together on a shared trunk, or one after the other, each on a trunk of its own
+or with an adapter of its own on one trunk, which is put on, trained and taken off before the next."""
 
 from __future__ import annotations
 
@@ -6,8 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rlhf.models.adapted import on_one_trunk
+from rlhf.models.adapters import Factors, inject_adapter, take_adapter
 from rlhf.models.causal import disable_dropout
+from rlhf.models.ensemble import Trunk
 from rlhf.models.reward import RewardModel
+from rlhf.ppo.settings import LoraSettings
 from rlhf.preference.comparisons import Comparison, ComparisonBatch, Numbering, batch_of, by_completions, sha256_of
 from rlhf.preference.model import PreferenceModel
 from rlhf.preference.settings import RewardModelSettings
@@ -20,6 +25,8 @@ from rlhf.sft.loop import Job, Trained, remove_training_state, state_folder_of, 
 class Fitted:
     models: list[PreferenceModel]
     """One with all members' heads, or one for each member. In eval mode."""
+    trunks: list[Trunk]
+    """What the models' heads are on, as it is served; the first is the first model's reward model."""
     numbering: Numbering
     trained: Trained
     """Of the last of them, with the seconds of all."""
@@ -40,19 +47,29 @@ def fit(
 
     Raises:
         ModelError, StorageError, StageFailed: see `rlhf.sft.loop.train` and `rlhf.models`.
+        SettingsError: `lora_target_modules` names what can have no adapter.
     """
     numbering = Numbering.of(training, section.members, section.seed)
-    if section.trunk == "shared" or section.members == 1:
-        model, trained = _fit_one(start, training, numbering, pad_id, section, paths, out)
-        return Fitted([model], numbering, trained)
-    models, seconds = [], 0.0
+    if section.trunk == "shared" or (section.trunk == "separate" and section.members == 1):
+        model, trained = _fit_one(_new(start, section), training, numbering, pad_id, section, paths, out)
+        return Fitted([model], [model.reward], numbering, trained)
+    base = _new(start, section) if section.trunk == "lora" else None
+    models: list[PreferenceModel] = []
+    adapters: list[Factors] = []
+    seconds = 0.0
     for member in range(section.members):
         own = section.model_copy(update={"seed": section.seed + member})
         drawn = [each for each in training if numbering.draws[member, numbering.prompts[each.prompt]] > 0]
-        model, trained = _fit_one(start, drawn, numbering.member(member), pad_id, own, paths, _member_out(out, member))
+        reward = _new(start, own) if base is None else _with_adapter(base, own)
+        model, trained = _fit_one(reward, drawn, numbering.member(member), pad_id, own, paths, _member_out(out, member))
         models.append(model)
         seconds += trained.seconds
-    return Fitted(models, numbering, replace(trained, seconds=seconds))
+        if base is not None:
+            adapters.append(take_adapter(base.trunk))
+    trunks: list[Trunk] = [model.reward for model in models]
+    if base is not None:
+        trunks = on_one_trunk(base, adapters, section.lora_alpha)
+    return Fitted(models, trunks, numbering, replace(trained, seconds=seconds))
 
 
 def remove_fit_state(out: Path, section: RewardModelSettings) -> None:
@@ -61,8 +78,24 @@ def remove_fit_state(out: Path, section: RewardModelSettings) -> None:
         remove_training_state(state_folder_of(each))
 
 
+def _new(start: Path, section: RewardModelSettings) -> RewardModel:
+    reward = RewardModel.new(start, seed=section.seed, device=section.device)
+    disable_dropout(reward)
+    return reward
+
+
+def _with_adapter(base: RewardModel, section: RewardModelSettings) -> RewardModel:
+    """The base itself, with a new head and a new adapter, which alone will learn."""
+    base.draw_head(section.seed)
+    settings = LoraSettings(
+        rank=section.lora_rank, alpha=section.lora_alpha, target_modules=section.lora_target_modules
+    )
+    inject_adapter(base.trunk, settings, section.seed, "reward_model.lora_target_modules")
+    return base
+
+
 def _fit_one(
-    start: Path,
+    reward: RewardModel,
     training: Sequence[Comparison],
     numbering: Numbering,
     pad_id: int,
@@ -70,9 +103,6 @@ def _fit_one(
     paths: RunPaths,
     out: Path,
 ) -> tuple[PreferenceModel, Trained]:
-    # LoRA members would differ in one line: one base for all, an adapter of their own in place of the trunk's weights.
-    reward = RewardModel.new(start, seed=section.seed, device=section.device)
-    disable_dropout(reward)
     model = PreferenceModel(reward, section, len(numbering.annotators), len(numbering.draws))
     trained = train(_job(model.train(), training, numbering, pad_id, section, paths, out))
     return model.eval(), trained

@@ -22,7 +22,8 @@ class PreferenceModel(nn.Module):
     def __init__(self, reward: RewardModel, section: RewardModelSettings, annotators: int, members: int) -> None:
         """
         Args:
-            reward: its trunk is trained in place, and its head is the first member's first weight.
+            reward: its trunk is trained in place, but for what is frozen, and its head is the first member's first
+                weight.
             annotators: A.
             members: heads over this trunk.
         """

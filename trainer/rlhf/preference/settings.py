@@ -82,7 +82,8 @@ class RewardModelSettings(Compute, Optimisation):
     out: Path | None = None
     """Folder to write. None: the run's reward-model/."""
     lr: float = Field(default=1e-3, gt=0)
-    """Peak learning rate; for a model of a million parameters. Larger ones take less, 1e-5 near a billion."""
+    """Peak learning rate; for a model of a million parameters. Larger ones take less, 1e-5 near a billion, and adapters
+    some ten times as much as their model."""
     prompts_per_batch: PositiveInt = 8
     """Prompts per micro-batch, each with all pairs of all its judgments; its completions are scored once."""
     epochs: PositiveInt = 1
@@ -119,8 +120,16 @@ class RewardModelSettings(Compute, Optimisation):
     """With `combine = "quantile"`: 0.25 is a reward with which three quarters of the people are better off."""
     members: PositiveInt = 1
     """Reward models in the ensemble, each with a head of its own and trained on prompts drawn with replacement."""
-    trunk: Literal["shared", "separate"] = "shared"
-    """Whether members share all but their heads, which costs next to nothing, or each is a model of its own."""
+    trunk: Literal["shared", "separate", "lora"] = "shared"
+    """Whether members share all but their heads, which costs next to nothing, or each is a model of its own, or an
+    adapter of its own on one model that stays as it is, for large models. With a single member `lora` trains one
+    adapter, and what is stored is an ordinary reward model."""
+    lora_rank: PositiveInt = 16
+    """With `trunk = "lora"`: rows of A and columns of B."""
+    lora_alpha: PositiveInt = 32
+    """With `trunk = "lora"`: an adapter counts lora_alpha / lora_rank times."""
+    lora_target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """With `trunk = "lora"`: layers that get an adapter, by the end of their names; `all-linear`: every linear one."""
     reference_set: Path | None = None
     """Folder of an earlier reward model: the new one's scores get mean 0 and standard deviation 1 on the same reference
     set, so that kl.coef keeps its meaning. None: a new set is drawn from the training judgments."""
