@@ -116,7 +116,7 @@ def at_rounds(run: Sequence[Point]) -> list[float]:
     gains = [point.judge_gain for point in run]
     # Round n is at (2 n - 1) sevenths of the steps, and there are seven snapshots.
     asked = [gains[2 * number] for number in range(ROUNDS)] + [gains[-1]]
-    return np.diff(asked).tolist()  # type: ignore[no-any-return]
+    return np.diff(asked).tolist()
 
 
 def draw(path: Path, curves: Curves) -> None:
