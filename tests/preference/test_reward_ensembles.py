@@ -21,6 +21,7 @@ from rlhf.models.padding import pad
 from rlhf.models.reward import RewardModel, ended
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.preference import train as training
+from rlhf.preference.assemble import reference_set
 from rlhf.preference.calibration import brier
 from rlhf.preference.report import strata
 from rlhf.preference.settings import RewardModelSettings
@@ -153,6 +154,12 @@ def test_refreshed_model_is_scaled_on_the_reference_set_of_the_one_before(tmp_pa
     assert reference is not None
     torch.testing.assert_close(reference.mean(0), torch.zeros(2), rtol=0, atol=1e-4)
     torch.testing.assert_close(reference.std(0), torch.ones(2), rtol=0, atol=1e-4)
+
+
+def test_a_completion_of_the_reference_set_may_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "reference_set.jsonl").write_text('{"prompt": "the film", "completion": ""}\n')
+    section = settings_for(tmp_path, judgments(["honest"]), reference_set=tmp_path).reward_model
+    assert reference_set([], section) == [("the film", "")]
 
 
 def test_reference_set_that_is_not_there_is_named(tmp_path: Path) -> None:

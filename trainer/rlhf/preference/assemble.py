@@ -149,7 +149,8 @@ def reference_set(training: Sequence[Comparison], section: RewardModelSettings) 
         path = section.reference_set / REFERENCE_SET_FILE
         if not path.is_file():
             raise DataError("reward_model.reference_set names a folder without a reference set", path=path)
-        return [(row.text("prompt"), row.text("completion")) for row in read_rows(path)]
+        # A completion may be empty: a policy may end at once.
+        return [(row.text("prompt"), str(row.require("completion", str, "a string"))) for row in read_rows(path)]
     distinct = sorted({(each.prompt, completion) for each in training for completion in each.completions})
     drawn = np.random.default_rng(section.seed).permutation(len(distinct))[:REFERENCE_SET_SIZE]
     return [distinct[index] for index in sorted(drawn.tolist())]
