@@ -179,7 +179,7 @@ def _open_loop(options: Options, address: str, vocab_size: int, capacity_per_s: 
         figures += [
             Figure(f"{at}: answered", "requests/s", per_s),
             Figure(f"{at}: throughput", "tokens/s", [load.tokens_per_s for load in loads]),
-            *_percentiles(f"{at}: latency", [load.latencies_s for load in loads], headline=share in ("50%", "90%")),
+            *_percentiles(f"{at}: latency", [load.latencies_s for load in loads], headline=share == "90%"),
             *_percentiles(f"{at}: time to first token", [load.first_tokens_s for load in loads]),
         ]
     say(f"  capacity {capacity_per_s:.1f} requests/s")

@@ -37,10 +37,7 @@ def measure(options: Options) -> Measured:
     }
     figures = [
         *(Figure(f"{name}: resident at most", "MiB", [run["rss"][name] for run in runs]) for name in names),
-        *(
-            Figure(f"{name}: share of memory at most", "MiB", [run["pss"][name] for run in runs], headline=True)
-            for name in names
-        ),
+        *(Figure(f"{name}: share of memory at most", "MiB", [run["pss"][name] for run in runs]) for name in names),
         Figure("all of these shares", "MiB", [sum(run["pss"].values()) for run in runs], headline=True),
     ]
     return Measured(figures, setup, threads, {"processes": names})

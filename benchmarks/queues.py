@@ -132,10 +132,10 @@ def _figures(
     rates = {name: [count / run[name] for run in alone] for name in alone[0]}
     together = [count / run["both"] for run in both]
     return [
-        Figure(f"{at}: enqueue", "entries/s", rates["enqueue"], headline=True),
+        Figure(f"{at}: enqueue", "entries/s", rates["enqueue"]),
         Figure(f"{at}: refused, stream full", "entries/s", rates["refuse"]),
         Figure(f"{at}: refused, duplicate", "entries/s", rates["repeat"]),
-        Figure(f"{at}: consume and acknowledge", "entries/s", rates["consume"], headline=True),
+        Figure(f"{at}: consume and acknowledge", "entries/s", rates["consume"]),
         Figure(f"{at}: both at once", "entries/s", together, headline=True),
         Figure(f"{at}: both at once, payload", "MiB/s", [rate * size_bytes / 2**20 for rate in together]),
         Figure(f"{at}: Redis' CPU per entry, both at once", "µs", [1e6 * run["redis"] / count for run in both]),

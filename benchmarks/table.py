@@ -34,7 +34,12 @@ def load(folder: Path) -> list[Result]:
 
 def headlines(results: Sequence[Result]) -> str:
     """One table of the figures that the project's README shows."""
-    lines = [*_measured_on(results), "", "| | | median | least to most | wanted |", "| --- | --- | ---: | ---: | --- |"]
+    lines = [
+        *_measured_on(results, versions=("torch",)),
+        "",
+        "| | | median | least to most | wanted |",
+        "| --- | --- | ---: | ---: | --- |",
+    ]
     for result in results:
         names = [result["benchmark"], *[""] * len(result["figures"])]
         shown = [figure for figure in result["figures"] if figure["headline"]]
@@ -93,17 +98,23 @@ def _wanted(figure: dict[str, Any]) -> str:
     return bound if met else f"{bound}: **missed**"
 
 
-def _measured_on(results: Sequence[Result]) -> list[str]:
-    """One line for each machine, versions and commit among the results."""
+def _measured_on(results: Sequence[Result], versions: Sequence[str] | None = None) -> list[str]:
+    """One line for each machine, versions and commit among the results.
+
+    Args:
+        versions: those that are named; None: all, and the commit.
+    """
     places: dict[str, list[str]] = {}
     for result in results:
-        machine, versions = result["machine"], result["machine"]["versions"]
-        listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+        machine = result["machine"]
+        commit = f", commit {machine['commit']}" if versions is None else ""
+        named = machine["versions"].items()
+        listed = ", ".join(f"{name} {version}" for name, version in named if versions is None or name in versions)
         quick = ", **quick sizes: no measurement**" if result["quick"] else ""
         place = (
             f"{_gpu(machine)}{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB, "
             f"{machine['os']}; "
-            f"Python {machine['python']}, {listed}; {machine['date'][:10]}, commit {machine['commit']}{quick}."
+            f"Python {machine['python']}, {listed}; {machine['date'][:10]}{commit}{quick}."
         )
         places.setdefault(place, []).append(result["benchmark"])
     if len(places) == 1:

@@ -318,8 +318,8 @@ def _without_models(passed: dict[str, list[Passed]], step_s: float, count: int) 
     return [
         Figure("without models: a step's rollouts", "s", [one.seconds for one in whole]),
         Figure("without models: gRPC and Redis / PPO step", "%", shares("gRPC and Redis"), at_most=5, headline=True),
-        Figure("without models: gRPC alone / PPO step", "%", shares("gRPC alone"), headline=True),
-        Figure("without models: Redis alone / PPO step", "%", shares("Redis alone"), headline=True),
+        Figure("without models: gRPC alone / PPO step", "%", shares("gRPC alone")),
+        Figure("without models: Redis alone / PPO step", "%", shares("Redis alone")),
         *(Figure(f"without models: computed by {name}", "ms/rollout", values) for name, values in computed.items()),
     ]
 
