@@ -4,7 +4,8 @@ One Llama of 4.2 million parameters with a separate critic and reward model; 64 
 of 48, 4 epochs; two cores for either side, whatever it starts on them. This project runs as it is used: `rlhf run`
 with policy, reward, reference, worker, Redis and trainer as processes of their own. TRL runs in one process, in the
 environment that `make bench-trl` makes. Both in float32 and in bfloat16 (float32 master weights, Adam in float32), in
-turn, run after run; the first step of each run is not counted.
+turn, run after run; the first step of each run is not counted. A processor that does not multiply bfloat16 numbers
+itself is measured in float32 alone.
 
 The floor of a step is its floating-point operations (harness/trl_work.py counts them) at the rate at which this machine
 multiplies large matrices of that precision, measured between the runs.
@@ -68,14 +69,15 @@ def measure(options: Options) -> Measured:
     floor = operations(work, config["intermediate_size"])
     native = "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
     ways: dict[str, Any] = {}
-    for precision in PRECISIONS:
+    precisions = PRECISIONS if native or options.quick else ("float32",)
+    for precision in precisions:
         ways[f"matmul {precision}"] = lambda p=precision: _matmul_flops(p, options, work)
         ways[f"this project, {precision}"] = lambda p=precision: _ours(options, work, folders, p)
         ways[f"TRL, {precision}"] = lambda p=precision: _trl(work, folders, p)
     found: dict[str, list[Any]] = interleaved(ways, options.size(2, 1))
-    rates = {precision: found.pop(f"matmul {precision}") for precision in PRECISIONS}
+    rates = {precision: found.pop(f"matmul {precision}") for precision in precisions}
     figures = [
-        *_speeds(found, work, native=native),
+        *_speeds(found, work, precisions, native=native),
         *_floors(found, rates, floor),
         *_curves(found),
         *_phases_and_memory(found, rates),
@@ -94,19 +96,20 @@ def measure(options: Options) -> Measured:
     return Measured(figures, setup, threads, {"scores by step": curves})
 
 
-def _speeds(found: dict[str, list[Ran]], work: Work, *, native: bool) -> list[Figure]:
+def _speeds(found: dict[str, list[Ran]], work: Work, precisions: Sequence[str], *, native: bool) -> list[Figure]:
     rates = {name: [work.batch / statistics.median(run.step_s) for run in runs] for name, runs in found.items()}
-    ours, theirs = ({p: rates[f"{side}, {p}"] for p in PRECISIONS} for side in ("this project", "TRL"))
-    best = {p: statistics.median(side) for p, side in theirs.items()}
-    fastest = max(best, key=lambda p: best[p])
-    against_best = [a / b for a, b in zip(ours["bfloat16"], theirs[fastest], strict=True)]
+    ours, theirs = ({p: rates[f"{side}, {p}"] for p in precisions} for side in ("this project", "TRL"))
     in_float32 = [a / b for a, b in zip(ours["float32"], theirs["float32"], strict=True)]
-    wanted = WANTED_BF16 if native else None
-    return [
+    figures = [
         *(Figure(name, "samples/s", values, headline=True) for name, values in rates.items()),
-        Figure(f"this project, bfloat16 / TRL at its fastest ({fastest})", "x", against_best, wanted, headline=True),
         Figure("this project / TRL, both float32", "x", in_float32, WANTED_FLOAT32, headline=True),
     ]
+    if "bfloat16" in precisions:
+        fastest = max(precisions, key=lambda p: statistics.median(theirs[p]))
+        against_best = [a / b for a, b in zip(ours["bfloat16"], theirs[fastest], strict=True)]
+        name, wanted = f"this project, bfloat16 / TRL at its fastest ({fastest})", WANTED_BF16 if native else None
+        figures.append(Figure(name, "x", against_best, wanted, headline=True))
+    return figures
 
 
 def _floors(found: dict[str, list[Ran]], rates: dict[str, list[float]], floor: Operations) -> list[Figure]:
@@ -122,7 +125,7 @@ def _floors(found: dict[str, list[Ran]], rates: dict[str, list[float]], floor: O
             WANTED_OF_FLOOR if side == "this project" else None,
             headline=True,
         )
-        for precision in PRECISIONS
+        for precision in rates
         for side in ("this project", "TRL")
     ]
 
