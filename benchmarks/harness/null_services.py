@@ -27,7 +27,8 @@ from rlhf.reference.server import SERVICE as REFERENCE
 from rlhf.reference.server import ReferenceServicer
 from rlhf.reward.exchange import InService, Loaded
 from rlhf.reward.requests import TokenItem
-from rlhf.reward.scorer import About, ModelScorer, Reading, Score
+from rlhf.reward.scorer import ModelScorer
+from rlhf.reward.scores import About, Reading, Score
 from rlhf.reward.server import SERVICE as REWARD
 from rlhf.reward.server import RewardServicer
 from rlhf.serving.batcher import Batcher, Limits

@@ -12,7 +12,7 @@ from rlhf.errors import ModelError
 from rlhf.models.ensemble import reward_sha256
 from rlhf.models.folders import write_json
 from rlhf.reward.exchange import InService, Loaded, Pointer, read_pointer, write_pointer
-from rlhf.reward.scorer import About
+from rlhf.reward.scores import About
 from rlhf.reward.server import SERVICE, starting
 from rlhf.reward.settings import RewardSettings
 from rlhf.serving.client import call, connect

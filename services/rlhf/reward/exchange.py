@@ -21,7 +21,8 @@ from pathlib import Path
 from rlhf.errors import ModelError, RlhfError
 from rlhf.models.folders import read_json, write_json
 from rlhf.reward.requests import Call
-from rlhf.reward.scorer import About, Score, Scorer
+from rlhf.reward.scorer import Scorer
+from rlhf.reward.scores import About, Score
 from rlhf.serving.worker_thread import WorkerThread
 
 _log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from rlhf.models.reward import ended
 from rlhf.models.tokenizer import load_tokenizer, pad_token_id, tokenizer_sha256
 from rlhf.reward.aggregate import Aggregation
 from rlhf.reward.requests import Texts, TokenItem
-from rlhf.reward.scorer import About, Reading, Score
+from rlhf.reward.scores import About, Reading, Score
 from rlhf.wire.records import Floats
 
 _log = logging.getLogger(__name__)

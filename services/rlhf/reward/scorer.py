@@ -3,56 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rlhf.errors import ModelError, RequestError, TokenizerMismatch
 from rlhf.reward.requests import Call, TokenItem
 from rlhf.reward.rules import Rule, ScoreItem
+from rlhf.reward.scores import About, Reading, Score
 from rlhf.serving.batcher import Batcher, Limits
 from rlhf.serving.token_checks import check_tokenizer, check_tokens
 from rlhf.serving.worker_thread import WorkerThread
-from rlhf.wire.records import Floats
 
 if TYPE_CHECKING:
     from rlhf.reward.head import RewardHead  # needs torch, which a rule does not
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a reward model reads of one item: its tokens and one end token, if the context has room for it."""
-
-    token_ids: NDArray[np.integer[Any]]
-    """[T + 1], or [T] where the item ends with an end token or fills the context."""
-    prompt_length: int
-    length: int
-    """T, of the item itself."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """Of one completion."""
-
-    score: float
-    token_rewards: Floats
-    """[completion tokens]; of a rule, none."""
-    members: Floats
-    """[M], each normalised by itself. Their standard deviation is the spread that comes with the score."""
-
-
-@dataclass(frozen=True)
-class About:
-    """What the service says of itself."""
-
-    kind: str
-    model_sha256: str
-    tokenizer_sha256: str
-    mean: float
-    std: float
-    members: int = 1
 
 
 class Scorer(Protocol):

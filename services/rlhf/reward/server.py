@@ -16,7 +16,8 @@ from rlhf.reward.aggregate import Aggregation, aggregation_of
 from rlhf.reward.exchange import InService, Load, Loaded, first_loaded, follow
 from rlhf.reward.requests import read_call
 from rlhf.reward.rules import load_rule
-from rlhf.reward.scorer import ModelScorer, Reading, RuleScorer, Score, Scorer
+from rlhf.reward.scorer import ModelScorer, RuleScorer, Scorer
+from rlhf.reward.scores import Reading, Score
 from rlhf.reward.settings import RewardSettings
 from rlhf.serving.batcher import Limits
 from rlhf.serving.fixed_shapes import LENGTH_STEP, ROWS, check_alike, in_fixed_shapes

@@ -14,7 +14,7 @@ from rlhf.reward.aggregate import aggregation_of
 from rlhf.reward.head import RewardHead
 from rlhf.reward.requests import Texts, TokenItem
 from rlhf.reward.rules import ScoreItem, load_rule
-from rlhf.reward.scorer import Score
+from rlhf.reward.scores import Score
 from rlhf.settings.run import Settings
 from rlhf.wire.records import Rollout, ScoredCompletion
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +22,11 @@ from rlhf.models.reward import REFERENCE_SET_FILE, RewardModel, ended
 from rlhf.preference.calibration import Floats
 from rlhf.preference.comparisons import Comparison, sha256_of
 from rlhf.preference.fit import Fitted
+from rlhf.preference.judged import Judged
 from rlhf.preference.people import Groups, evidence_of, groups_of
 from rlhf.preference.reliability import Evidence
 from rlhf.preference.settings import RewardModelSettings
 from rlhf.sft.loop import autocast
-
-if TYPE_CHECKING:
-    from rlhf.preference.train import Judged
 
 REFERENCE_SET_SIZE = 512
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -186,6 +187,15 @@ def batch_of(groups: Sequence[Sequence[Comparison]], pad_id: int, numbering: Num
     )
     draws = numbering.draws[:, rankings.prompts]
     return ComparisonBatch(*pad(sequences, pad_id), rankings, draws, float(rankings.orders.sum()))
+
+
+def margins_of(comparisons: Sequence[Comparison], values: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+    """Value of the better less that of the worse completion, for every ordered pair; `values` lie end to end."""
+    offset, margins = 0, []
+    for comparison in comparisons:
+        margins += [values[offset + better] - values[offset + worse] for better, worse in comparison.ordered]
+        offset += len(comparison.ranks)
+    return np.array(margins, dtype=np.float64)
 
 
 def sha256_of(comparisons: Iterable[Comparison]) -> str:

@@ -13,20 +13,18 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from rlhf.models.folders import storage_errors, write_json
 from rlhf.preference.assemble import Assembled, assemble
 from rlhf.preference.calibration import Floats, accuracy, brier, calibration_figures
-from rlhf.preference.comparisons import Comparison
+from rlhf.preference.comparisons import Comparison, margins_of
 from rlhf.preference.fit import fit, remove_fit_state
+from rlhf.preference.judged import Judged
 from rlhf.preference.settings import RewardModelSettings
 from rlhf.settings.run import Settings
-
-if TYPE_CHECKING:
-    from rlhf.preference.train import Judged
 
 Report = dict[str, Any]
 
@@ -191,8 +189,6 @@ def _margins(comparison: Comparison, scores: Floats) -> Floats:
 
 
 def _heldout_figures(model: Assembled, judged: Judged, section: RewardModelSettings) -> dict[str, float]:
-    from rlhf.preference.train import margins_of
-
     sequences = [sequence for each in judged.heldout for sequence in each.token_ids]
     margins = margins_of(judged.heldout, model.raw_scores(sequences, judged.pad_id, section))
     figures = calibration_figures(margins)
