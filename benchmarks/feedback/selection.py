@@ -261,13 +261,14 @@ def _figures(prefix: str, found: dict[str, list[Course]]) -> tuple[list[Figure],
         name = f"{prefix}{way}: above random with as many labels, mean of rounds"
         figures += [Figure(name, "points", above.tolist(), at_least=bound, headline=bound is not None)]
     checks = {figure.name: interval(list(figure.values)) for figure in figures}
-    for way in WAYS[1:]:
-        name, share = f"{prefix}{way}: labels for random's accuracy", shares(curves[way], curves[RANDOM])
-        bound = 100 * FEWER if way == FALLING_BACK else None
-        figures += [Figure(name, "%", [share["mean"]], at_most=bound, headline=bound is not None)]
-        checks[name] = share
     engaged = [one.gave_up for one in found[FALLING_BACK]]
     share_engaged = 100 * float(np.mean([number is not None for number in engaged]))
+    for way in WAYS[1:]:
+        name, share = f"{prefix}{way}: labels for random's accuracy", shares(curves[way], curves[RANDOM])
+        # Active choice is to save labels, or else to be given up.
+        bound = 100 * FEWER if way == FALLING_BACK and share_engaged < 100 else None
+        figures += [Figure(name, "%", [share["mean"]], at_most=bound, headline=way == FALLING_BACK)]
+        checks[name] = share
     figures += [Figure(f"{prefix}fall-back engaged, of the seeds", "%", [share_engaged], headline=True)]
     checks[f"{prefix}round in which the fall-back engaged, by seed; 0: never"] = _numbered(n or 0 for n in engaged)
     checks |= {f"{prefix}{way}: mean curve": _numbered(curves[way].mean(0).tolist()) for way in WAYS}
