@@ -11,6 +11,7 @@ Minority: six of twenty have a taste of their own, three click at random. Four g
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -18,11 +19,11 @@ if __name__ == "__main__":
     sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
 
 import numpy as np
-import torch
 
 from feedback.intervals import interval
+from feedback.seeds import THREADS, by_seed
 from feedback.world import STEPS, Training, accuracy, auc, learn, make, own_accuracies, verdicts
-from harness.bench import Figure, Measured, Options, main, say
+from harness.bench import Figure, Measured, Options, main
 from rlhf.preference.reliability import BAD
 
 PEOPLE, BAD_PEOPLE = 20, 6
@@ -33,22 +34,20 @@ COST_AT_MOST = {"adversarial": 1.0, "random": 1.5, "none": 0.3}
 BEYOND = ("hasty", "lazy")
 STEPS_IF_QUICK = 20
 
-Values = dict[str, list[float]]
-
 
 def measure(options: Options) -> Measured:
-    torch.set_num_threads(1)
     seeds = options.size(10, 2)
     sizes = {"per": options.size(60, 12), "prompts": options.size(400, 40)}
     training = Training(steps=options.size(STEPS, STEPS_IF_QUICK))
-    found: Values = {}
-    for seed in range(seeds):
-        say(f"  seed {seed + 1}/{seeds}")
-        for name, value in {**_bad_annotators(seed, sizes, training), **_minority(seed, sizes, training)}.items():
-            found.setdefault(name, []).append(value)
+    ran = by_seed(partial(_one, sizes, training), seeds, options)
+    found = {name: [one[name] for one in ran] for name in ran[0]}
     setup = {"seeds": seeds, "annotators": PEOPLE, "rankings_each": sizes["per"], "prompts": sizes["prompts"]}
     intervals = {name: interval(values) for name, values in found.items()}
-    return Measured([_figure(name, values) for name, values in found.items()], setup, {"torch": 1}, intervals)
+    return Measured([_figure(name, values) for name, values in found.items()], setup, THREADS, intervals)
+
+
+def _one(sizes: dict[str, int], training: Training, seed: int) -> dict[str, float]:
+    return {**_bad_annotators(seed, sizes, training), **_minority(seed, sizes, training)}
 
 
 def _bad_annotators(seed: int, sizes: dict[str, int], training: Training) -> dict[str, float]:

@@ -17,9 +17,8 @@ seeds. Labels are counted when they are asked for, so those kept out count.
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -32,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from feedback.intervals import interval
+from feedback.seeds import THREADS, by_seed
 from feedback.world import COMPLETIONS, DECAY, HIDDEN, LR, NOISE, WIDTH, Floats, accuracy, completions, taste
 from harness.bench import Figure, Measured, Options, main, say
 from rlhf.feedback.judgments import CompletionShown, Judgment
@@ -43,7 +43,6 @@ from rlhf.rounds.selection import bald, choose, is_given_up
 
 ROUNDS, MEMBERS = 9, 5
 STEPS = 100
-PROCESSES = 2
 CANDIDATES, RANDOM_SHARE = 2, 0.3
 """The defaults of the settings."""
 FEWER = 0.7
@@ -124,23 +123,19 @@ def measure(options: Options) -> Measured:
     seeds, each, steps = options.size(10, 2), options.size(40, 10), options.size(STEPS, 10)
     figures: list[Figure] = []
     checks: dict[str, dict[str, float]] = {}
-    # New processes and not forks of this one, whose torch may have threads.
-    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
-        for prefix, uneven in WORLDS.items():
-            say(f"  {prefix}{seeds} seeds")
-            courses = list(pool.map(_courses, [(seed, each, steps, uneven) for seed in range(seeds)]))
-            found = {way: [one[way] for one in courses] for way in WAYS}
-            more, intervals = _figures(prefix, found)
-            figures, checks = figures + more, checks | intervals
+    for prefix, uneven in WORLDS.items():
+        say(f"  {prefix or 'all prompts alike: '}{seeds} seeds")
+        courses = by_seed(partial(_courses, each, steps, uneven), seeds, options)
+        found = {way: [one[way] for one in courses] for way in WAYS}
+        more, intervals = _figures(prefix, found)
+        figures, checks = figures + more, checks | intervals
     setup: dict[str, float] = {"seeds": seeds, "labels": each * (1 + ROUNDS), "rounds": ROUNDS}
     setup |= {"candidates": CANDIDATES, "random_share": RANDOM_SHARE, "members": MEMBERS, "completions": COMPLETIONS}
-    return Measured(figures, setup, {f"each of {PROCESSES} processes": 1}, checks)
+    return Measured(figures, setup, THREADS, checks)
 
 
-def _courses(task: tuple[int, int, int, float]) -> dict[str, Course]:
-    """Of every way, for one seed."""
-    torch.set_num_threads(1)
-    seed, each, steps, uneven = task
+def _courses(each: int, steps: int, uneven: float, seed: int) -> dict[str, Course]:
+    """Of every way."""
     world = make(seed, each, steps, uneven)
     return {way: course(world, way, each) for way in WAYS}
 

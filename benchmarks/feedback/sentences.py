@@ -20,6 +20,7 @@ data.folder=FOLDER`) whose pretrained model is read; `--model` names another.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 
 from feedback.intervals import interval
+from feedback.seeds import THREADS, by_seed
 from feedback.world import (
     COMPLETIONS,
     Floats,
@@ -42,7 +44,7 @@ from feedback.world import (
     own_accuracies,
     verdicts,
 )
-from harness.bench import Figure, Measured, Options, main, say, scratch
+from harness.bench import Figure, Measured, Options, main, scratch
 from harness.machine import ROOT
 from rlhf.data.rows import read_rows, write_rows
 from rlhf.data.sentiment import LABELS, read_labelled
@@ -89,20 +91,11 @@ class Sentences:
 
 
 def measure(options: Options) -> Measured:
-    torch.set_num_threads(1)
     seeds, per = options.size(5, 2), options.size(200, 10)
     training, heldout = options.size(1000, 30), options.size(300, 10)
     read = read_sentences(options.paths["sentences"], options.paths["model"], training + heldout, heldout)
-    found: dict[str, list[float]] = {}
-    for seed in range(seeds):
-        say(f"  seed {seed + 1}/{seeds}")
-        drawn = np.random.default_rng([seed, 0]).permutation(training + heldout)
-        shuffled = Sentences(read.features[drawn], read.utilities[:, drawn], read.labelled, read.labels)
-        for name, value in {
-            **_bad_annotators(shuffled, training, per, seed),
-            **_minority(shuffled, training, per, seed),
-        }.items():
-            found.setdefault(name, []).append(value)
+    ran = by_seed(partial(_one, read, training, per), seeds, options)
+    found = {name: [one[name] for one in ran] for name in ran[0]}
     setup: dict[str, float] = {"seeds": seeds, "annotators": PEOPLE, "rankings_each": per, "prompts": training}
     setup |= {
         "heldout_prompts": heldout,
@@ -110,7 +103,13 @@ def measure(options: Options) -> Measured:
         "correlation_of_tastes": _correlation(read),
     }
     intervals = {name: interval(values) for name, values in found.items()}
-    return Measured([_figure(name, values) for name, values in found.items()], setup, {"torch": 1}, intervals)
+    return Measured([_figure(name, values) for name, values in found.items()], setup, THREADS, intervals)
+
+
+def _one(read: Sentences, training: int, per: int, seed: int) -> dict[str, float]:
+    drawn = np.random.default_rng([seed, 0]).permutation(len(read.features))
+    shuffled = Sentences(read.features[drawn], read.utilities[:, drawn], read.labelled, read.labels)
+    return {**_bad_annotators(shuffled, training, per, seed), **_minority(shuffled, training, per, seed)}
 
 
 def read_sentences(folder: Path, model: Path, prompts: int, labelled: int) -> Sentences:
