@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf.annotate.accounts import set_state
+from rlhf.annotate.store import Store
 from rlhf.cli.main import main
 from rlhf.data.rows import write_rows
 from rlhf.feedback.judgments import CompletionShown, Judgment, read_judgments, write_judgments
 from rlhf.feedback.snapshots import read_snapshot, snapshot_of
+from rlhf.feedback.withdrawn import withdrawn
+from rlhf.settings.run import Settings
+from rlhf.supervisor.settings import RunSettings
+from support.annotating import add_person
 from support.tiny import tiny_lm_folder
 
 
@@ -150,6 +157,56 @@ def test_the_reward_model_names_its_snapshot_and_is_made_again_without_the_withd
     assert facts(never)["snapshot_sha256"] == snapshot_of(left).sha256
     weights = [(folder / "model.safetensors").read_bytes() for folder in (run / "reward-model", never)]
     assert weights[0] == weights[1]
+
+
+@pytest.fixture
+def page(run: Path) -> Iterator[Store]:
+    """The run's annotation page, where the three of ROWS have accounts."""
+    run.mkdir(parents=True)
+    store = Store(f"sqlite:///{run / 'annotate.db'}")
+    add_person(store, "lea", "lead")
+    for name in ("ann", "bob", "mallory"):
+        add_person(store, name, pseudonym=name)
+    yield store
+    store.close()
+
+
+def test_who_is_withdrawn_on_the_page_is_in_no_snapshot_export_or_reward_model(
+    run: Path, page: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_lm_folder(Path("start"))
+    about = ["--set", "reward_model.init_from=start"]
+    left = snapshot_of(row for row in ROWS if row.annotator != "mallory")
+    feedback("import", "--source", "j.jsonl")
+    set_state(page.database, 4, "withdrawn")
+
+    for source in ("j.jsonl", str(run / "feedback")):
+        assert main(["reward-model", "--run", "r", "--comparisons", source, *about]) == 0
+        assert facts(run / "reward-model")["snapshot_sha256"] == left.sha256
+
+    capsys.readouterr()
+    assert feedback("export", "--out", "out.jsonl") == 0
+    assert "left out 12 judgments of mallory, withdrawn on the annotation page" in capsys.readouterr().out
+    assert tuple(read_judgments(Path("out.jsonl"))) == left.judgments
+    assert read_snapshot(run / "feedback").sha256 == left.sha256
+    assert feedback("import", "--source", "j.jsonl") == 0
+    assert read_snapshot(run / "feedback").sha256 == left.sha256
+    assert feedback("stats") == 0
+    assert "mallory 12" not in capsys.readouterr().out
+
+
+def test_withdrawing_reaches_the_page(run: Path, page: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    # Before anything is imported too.
+    assert feedback("withdraw", "--annotator", "bob") == 0
+    assert "bob is withdrawn on the annotation page" in capsys.readouterr().out
+    feedback("import", "--source", "j.jsonl")
+    assert feedback("withdraw", "--annotator", "mallory") == 0
+    assert "withdrew 12 judgments of mallory" in capsys.readouterr().out
+    assert withdrawn(Settings(run=RunSettings(name="r"))) == {"bob", "mallory"}
+    assert {row.annotator for row in read_snapshot(run / "feedback").judgments} == {"ann"}
+
+    assert feedback("withdraw", "--annotator", "a-lea!") == 2
+    assert "the last lead cannot be" in capsys.readouterr().err
 
 
 def test_an_altered_snapshot_trains_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

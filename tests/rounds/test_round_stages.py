@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf.annotate.accounts import set_state
+from rlhf.annotate.store import open_store
 from rlhf.data.prompts import Prompt
 from rlhf.data.samples import Sampled, SampledCompletion
 from rlhf.errors import StageFailed
@@ -26,6 +29,7 @@ from rlhf.rounds.plan import Planned, plan
 from rlhf.rounds.round import AUDITOR, HOLDER, Round, Tools
 from rlhf.settings.run import Settings
 from rlhf.wire.records import FinishReason, Sampling, WeightVersion
+from support.annotating import add_person
 
 PROMPTS = [Prompt(f"prompt {number}", None, {"row": str(number)}) for number in range(60)]
 
@@ -89,16 +93,13 @@ class FakeJudges:
     """Like the higher first word; in an audit `prefers` the new policy (0) or the old one (1)."""
 
     def __init__(self, prefers: int = 0) -> None:
-        self.prefers, self.asked, self.gone = prefers, [], set()
+        self.prefers, self.asked, self.name = prefers, [], "x"
 
     def judge(self, tasks: Any, asked_unix_s: float, on_progress: Any) -> list[Judgment]:
         assert abs(time.time() - asked_unix_s) < 60
         self.asked += [task.task_id for task in tasks]
         on_progress(len(tasks), len(tasks))
         return [self._judgment(task) for task in tasks]
-
-    def still_hold(self, judgments: Any) -> list[Judgment]:
-        return [one for one in judgments if one.annotator not in self.gone]
 
     def _judgment(self, task: Any) -> Judgment:
         values = [-int(each.text.split()[0]) for each in task.completions]
@@ -111,7 +112,7 @@ class FakeJudges:
             prompt=task.prompt,
             completions=task.completions,
             ranks=ranks,
-            annotator="x",
+            annotator=self.name,
             source=task.source,
             p_select=task.p_select,
         )
@@ -243,8 +244,20 @@ def test_the_next_round_trains_on_all_that_was_judged_before(world: World) -> No
 def test_who_withdrew_is_trained_on_no_more(world: World) -> None:
     for number in (0, 1):
         world.run(number)
-    world.judges.gone = {"x"}
+    with closing(open_store(world.settings)) as store:
+        add_person(store, "lea", "lead")
+        withdrawn = add_person(store, "x", pseudonym="x")
+        world.judges.name = "y"
+        before = world.run(2)["training_judgments"]
+        set_state(store.database, withdrawn, "withdrawn")
+    assert before == 10 + 7
+    for name in ("refresh.json", "round.json"):
+        (world.paths.rounds / "2" / name).unlink()
     assert world.run(2)["training_judgments"] == 7
+    # Also of the round itself, where it goes on after a kill.
+    for name in ("refresh.json", "round.json"):
+        (world.paths.rounds / "1" / name).unlink()
+    assert world.run(1)["judgments"] == 0
 
 
 def test_a_worse_model_stays_out_of_service(world: World) -> None:

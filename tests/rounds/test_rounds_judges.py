@@ -2,7 +2,7 @@
 
 import threading
 import time
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.annotate.store import Store
 from rlhf.annotate.tasks import Task
-from rlhf.feedback.judgments import CompletionShown, Judgment
+from rlhf.feedback.judgments import CompletionShown
 from rlhf.preference.annotators import Annotator
 from rlhf.preference.settings import RankSettings
 from rlhf.rounds import judges as judges_module
@@ -114,20 +114,7 @@ def test_the_deadline_counts_from_when_the_tasks_were_made(caplog):
     assert "1 of 4 answers" in caplog.text
 
 
-def test_judgments_of_who_withdrew_hold_no_more():
-    kept, gone = (
-        Judgment(
-            judgment_id=name, task_id=name, prompt="p", completions=task(1).completions, ranks=(1, 2, 3),
-            annotator=name, source="random",
-        ) for name in ("kept", "gone")
-    )  # fmt: skip
-    store = FakeStore(0)
-    store.judgments = lambda ids: [replace(kept, judgment_id="later revision")]
-    assert People(store, 1).still_hold([kept, gone]) == [kept]
-    assert simulated().still_hold([kept, gone]) == [kept, gone]
-
-
-def test_the_page_s_store_takes_a_round_s_tasks_and_lets_nobody_wait_after_the_last_answer(tmp_path: Path):
+def test_the_page_s_store_takes_a_round_s_tasks_and_lets_nobody_wait_after_the_last_answer(store: Store):
     """The real store: tasks wait until somebody has answered; a round that asks again finds the answer."""
     store = Store(f"sqlite:///{tmp_path / 'annotate.db'}")
     try:

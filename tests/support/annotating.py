@@ -29,9 +29,10 @@ def task(number: int = 0, completions: int = 3, **fields: object) -> Task:
     return Task(f"prompt {number}", shown, **fields)  # type: ignore[arg-type]
 
 
-def add_person(store: Store, name: str, role: str = "annotator", now: float = NOW) -> int:
+def add_person(store: Store, name: str, role: str = "annotator", now: float = NOW, pseudonym: str = "") -> int:
     """The account's id."""
-    account = Account(name=name, pseudonym=f"a-{name}!", role=role, password_hash=_hashed(), created_at=now)
+    signs = pseudonym or f"a-{name}!"
+    account = Account(name=name, pseudonym=signs, role=role, password_hash=_hashed(), created_at=now)
     with store.database.writing() as session:
         session.add(account)
     return account.id

@@ -13,7 +13,8 @@ from rlhf.feedback.agreement import pair_agreement_alpha, pairwise_agreement
 from rlhf.feedback.exchange import dataset_of, export_judgments, import_judgments
 from rlhf.feedback.formats.form import Options
 from rlhf.feedback.judgments import Judgment
-from rlhf.feedback.snapshots import Snapshot, is_snapshot, joined, load_snapshot, withdraw, write_snapshot
+from rlhf.feedback.snapshots import Snapshot, is_snapshot, joined, load_snapshot, snapshot_of, withdraw, write_snapshot
+from rlhf.feedback.withdrawn import withdraw_there, withdrawn
 from rlhf.settings.loader import with_overrides
 from rlhf.settings.run import Settings
 
@@ -29,11 +30,12 @@ def import_(settings: Settings) -> None:
         raise SettingsError("feedback.source: say what to import with --source")
     found = import_judgments(section.source, section.format, options_of(settings), section.on_bad)
     before = load_snapshot(folder) if is_snapshot(folder) else Snapshot(())
-    after = joined(before, found.judgments, section.dataset or dataset_of(section.source))
+    joint = joined(before, found.judgments, section.dataset or dataset_of(section.source))
+    after = _without_withdrawn(settings, joint)
     write_snapshot(folder, after)
     print(
         f"imported {len(found.judgments)} judgments from {section.source}: {len(found.bad)} bad rows left out, "
-        f"{found.duplicates} duplicates, {len(after.judgments) - len(before.judgments)} new"
+        f"{found.duplicates} duplicates, {len(joint.judgments) - len(before.judgments)} new"
     )
     print(_described(folder, after))
 
@@ -63,18 +65,25 @@ def stats(settings: Settings) -> None:
 
 
 def withdraw_(settings: Settings) -> None:
-    """Takes every row of an annotator out, and trains the reward model again from what is left, if that is asked for.
+    """Takes every row of an annotator out, here and on the run's annotation page, and trains the reward model again
+    from what is left, if that is asked for.
 
     Raises:
         SettingsError: no annotator is named.
-        DataError: there is no snapshot, or none of the annotator's rows in it.
+        DataError: there is no snapshot, or nobody of this name in it or on the page.
+        RequestError: the page has no other lead.
     """
     annotator, folder = settings.feedback.annotator, snapshot_folder(settings)
     if not annotator:
         raise SettingsError("feedback.annotator: say whom to withdraw with --annotator")
-    before = _read(settings)
+    on_page = withdraw_there(settings, annotator)
+    if on_page:
+        print(f"{annotator} is withdrawn on the annotation page")
+        if not is_snapshot(folder) and not settings.feedback.retrain:
+            return
+    before = load_snapshot(folder) if on_page and is_snapshot(folder) else _read(settings)
     after = withdraw(before, annotator)
-    if annotator not in {judgment.annotator for judgment in before.judgments}:
+    if not on_page and annotator not in {judgment.annotator for judgment in before.judgments}:
         raise DataError(f"has no judgments of {annotator}; rlhf feedback stats lists the annotators", path=folder)
     write_snapshot(folder, after)
     print(f"withdrew {len(before.judgments) - len(after.judgments)} judgments of {annotator}")
@@ -116,7 +125,10 @@ def figures(judgments: Sequence[Judgment]) -> dict[str, Any]:
 def _read(settings: Settings) -> Snapshot:
     folder = snapshot_folder(settings)
     if is_snapshot(folder):
-        return load_snapshot(folder)
+        found = load_snapshot(folder)
+        if (left := _without_withdrawn(settings, found)) != found:
+            write_snapshot(folder, left)
+        return left
     if settings.feedback.snapshot is None and settings.paths.comparisons.exists():
         raise DataError(
             f"there is no snapshot yet; rlhf feedback import --run {settings.run.name} "
@@ -124,6 +136,17 @@ def _read(settings: Settings) -> Snapshot:
             path=folder,
         )
     raise DataError("there is no snapshot; rlhf feedback import makes one", path=folder)
+
+
+def _without_withdrawn(settings: Settings, snapshot: Snapshot) -> Snapshot:
+    """Without the rows of who has withdrawn on the run's annotation page."""
+    here = {judgment.annotator for judgment in snapshot.judgments}
+    out = sorted(here & withdrawn(settings))
+    left = snapshot_of(snapshot.judgments, snapshot.sources, [*snapshot.withdrawn, *out])
+    if out:
+        count = len(snapshot.judgments) - len(left.judgments)
+        print(f"left out {count} judgments of {', '.join(out)}, withdrawn on the annotation page")
+    return left
 
 
 def _described(folder: Path, snapshot: Snapshot) -> str:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.errors import DataError
 from rlhf.feedback.judgments import Judgment, read_judgments
 from rlhf.feedback.snapshots import is_snapshot, read_snapshot, snapshot_sha256
+from rlhf.feedback.withdrawn import without_withdrawn
 from rlhf.models.folders import start_model
 from rlhf.models.reward import RewardModel
 from rlhf.models.tokenizer import load_tokenizer, pad_token_id
@@ -24,7 +25,7 @@ class Judged:
 
     source: Path
     snapshot_sha256: str
-    """Of all judgments that the source holds, as a snapshot of them has it."""
+    """Of all judgments that the source holds, but for those of who has withdrawn, as a snapshot of them has it."""
     training: list[Comparison]
     heldout: list[Comparison]
     noise_free: list[Comparison]
@@ -52,12 +53,13 @@ def read_judged(settings: Settings) -> Judged:
     def encoded(judgments: Sequence[Judgment], path: Path) -> list[Comparison]:
         return encode(judgments, tokenizer, max_length, path, context)
 
-    judgments = read_snapshot(source).judgments if is_snapshot(source) else read_judgments(source)
+    found = read_snapshot(source).judgments if is_snapshot(source) else read_judgments(source)
+    judgments = without_withdrawn(settings, found)
     training, heldout = split_by_prompt(encoded(judgments, source), section.heldout_fraction, section.seed)
     _check_ordered(source, training, heldout)
     beside = section.heldout_comparisons or settings.paths.heldout_comparisons
     asked = section.heldout_comparisons is not None or beside.exists()
-    noise_free = encoded(read_judgments(beside), beside) if asked else []
+    noise_free = encoded(without_withdrawn(settings, read_judgments(beside)), beside) if asked else []
     return Judged(source, snapshot_sha256(judgments), training, heldout, noise_free, start, tokenizer)
 
 

@@ -41,9 +41,6 @@ class Judges(Protocol):
             asked_unix_s: when the tasks were made; deadlines count from there.
         """
 
-    def still_hold(self, judgments: Sequence[Judgment]) -> list[Judgment]:
-        """Of earlier ones: without those of annotators who have withdrawn since."""
-
 
 class SimulatedJudges:
     """The annotators of the section `rank`, as sure of themselves as they were of the run's first samples: their noise
@@ -72,9 +69,6 @@ class SimulatedJudges:
         found = [judgment for task in tasks for judgment in self._judge(task)]
         on_progress(len(found), len(found))
         return found
-
-    def still_hold(self, judgments: Sequence[Judgment]) -> list[Judgment]:
-        return list(judgments)
 
     def _judge(self, task: Task) -> list[Judgment]:
         """By annotators, and with noise, that the task alone decides."""
@@ -135,8 +129,3 @@ class People:
             time.sleep(LOOK_EVERY_S)
         self._store.close_tasks(ids)
         return self._store.judgments(ids)
-
-    def still_hold(self, judgments: Sequence[Judgment]) -> list[Judgment]:
-        ids = list(dict.fromkeys(judgment.task_id for judgment in judgments))
-        holding = {(each.task_id, each.annotator) for each in self._store.judgments(ids)}
-        return [each for each in judgments if (each.task_id, each.annotator) in holding]

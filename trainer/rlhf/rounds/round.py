@@ -24,6 +24,7 @@ from rlhf.data.rows import Row, read_rows, write_rows
 from rlhf.data.samples import Sampled, read_samples, write_samples
 from rlhf.errors import StageFailed
 from rlhf.feedback.judgments import CompletionShown, Judgment, read_judgments, write_judgments
+from rlhf.feedback.withdrawn import without_withdrawn
 from rlhf.models.ensemble import reward_sha256
 from rlhf.models.folders import read_json, write_json
 from rlhf.queues.registry import Registry
@@ -257,7 +258,7 @@ class Round:
             tasks, asked_unix_s = [one.task for one in questions], self._path("questions").stat().st_mtime
             found = self._tools.judges.judge(tasks, asked_unix_s, self._on_progress) if tasks else []
             write_judgments(path, found)
-        return read_judgments(path) if path.stat().st_size else []
+        return without_withdrawn(self._settings, read_judgments(path)) if path.stat().st_size else []
 
     def _on_progress(self, answers: int, needed: int) -> None:
         number, tenth = self._planned.number, max(1, needed // 10)
@@ -282,7 +283,7 @@ class Round:
         others = [one for one in rankings if one.task_id not in heldout_ids]
         path = self._path("refresh", ".json")
         if not path.exists():
-            training = [*first_judgments(self._settings), *self._before(), *others]
+            training = without_withdrawn(self._settings, [*self._before(), *others])
             self._tools.doing(f"round {self._planned.number}: training the reward model on {len(training)} judgments")
             trained = refresh(self._settings, training, self._folder)
             figures = self._compared(heldout, others) | {
@@ -308,17 +309,16 @@ class Round:
         return figures | ({} if gain is None else gain.as_json("active_gain"))
 
     def _before(self) -> list[Judgment]:
-        """Earlier rounds' rankings, those that were held out then among them."""
+        """The first model's, and earlier rounds' rankings, those that were held out then among them."""
         paths = [self._settings.paths.rounds / str(n) / "judgments.jsonl" for n in range(1, self._planned.number)]
         found = [one for path in paths if path.stat().st_size for one in read_judgments(path) if one.source != "audit"]
-        return self._tools.judges.still_hold(found)
+        return [*first_judgments(self._settings), *found]
 
     def _model_in_service(self) -> Path:
         """Before this round."""
         promoted = [one["round"] for one in self._earlier() if one.get("promoted")]
-        if not promoted:
-            return first_model(self._settings)
-        return self._settings.paths.rounds / str(promoted[-1]) / "reward-model"
+        rounds = self._settings.paths.rounds
+        return rounds / str(promoted[-1]) / "reward-model" if promoted else first_model(self._settings)
 
     def _put_into_service(self, sha256: str) -> None:
         """
