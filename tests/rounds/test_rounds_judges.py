@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rlhf.annotate.answers import Answer, Form, skip, submit
+from rlhf.annotate.assigning import Rules, claim
 from rlhf.annotate.store import Store
 from rlhf.annotate.tasks import Task
 from rlhf.feedback.judgments import CompletionShown
@@ -15,6 +17,7 @@ from rlhf.preference.annotators import Annotator
 from rlhf.preference.settings import RankSettings
 from rlhf.rounds import judges as judges_module
 from rlhf.rounds.judges import People, SimulatedJudges
+from support.annotating import add_person, sqlite
 
 
 def task(number, source="random", count=3):
@@ -65,8 +68,8 @@ def test_several_annotators_rank_one_prompt():
 class FakeStore:
     """Answers as many tasks as it is told to, one each time it is asked for counts."""
 
-    def __init__(self, answers, skipped=0):
-        self.left, self.skipped = answers, skipped
+    def __init__(self, answers, passed=0):
+        self.left, self.beyond = answers, passed
         self.answers, self.tasks, self.closed = 0, [], []
 
     def add_tasks(self, tasks):
@@ -78,8 +81,11 @@ class FakeStore:
         if self.left:
             self.left, self.answers = self.left - 1, self.answers + 1
         remaining = len(self.tasks) - self.answers
-        return type("Counts", (), {"remaining": remaining, "skipped": self.skipped, "answers": self.answers,
+        return type("Counts", (), {"remaining": remaining, "skipped": self.beyond, "answers": self.answers,
                                    "answers_needed": len(self.tasks)})  # fmt: skip
+
+    def passed(self, ids):
+        return self.beyond
 
     def close_tasks(self, ids):
         self.closed = list(ids)
@@ -93,6 +99,13 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judges_module, "LOOK_EVERY_S", 0.01)
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store(sqlite(tmp_path))
+    yield store
+    store.close()
+
+
 def test_people_are_waited_for():
     store, tasks = FakeStore(answers=4), [task(number) for number in range(4)]
     found, progress = ask(People(store, 60), tasks)
@@ -101,9 +114,31 @@ def test_people_are_waited_for():
     assert store.closed == [one.task_id for one in tasks]
 
 
-def test_what_was_skipped_is_not_waited_for():
-    found, _ = ask(People(FakeStore(answers=3, skipped=1), 60), [task(number) for number in range(4)])
+def test_what_nobody_is_left_for_is_not_waited_for(caplog):
+    found, _ = ask(People(FakeStore(answers=3, passed=1), 60), [task(number) for number in range(4)])
     assert len(found) == 3
+    assert "3 of 4 answers: everybody at work has skipped" in caplog.text
+
+
+def test_a_skipped_task_is_waited_for_until_somebody_else_has_answered_it(store: Store):
+    rules, tasks = Rules(repeat_share=0, gold_share=0), [task(1), task(2)]
+    ada, bob = (add_person(store, name) for name in ("ada", "bob"))
+    store.add_tasks(tasks)
+    held = claim(store.database, bob, rules, time.time())
+    assert held.task.id == tasks[0].task_id
+
+    def act(who, skips):
+        mine, now = claim(store.database, who, rules, time.time()), time.time()
+        form = Form(mine.id, mine.fence, f"key-{mine.id}-{mine.fence}")
+        if skips:
+            skip(store.database, who, form, flags=["unclear"], reason="", now=now)
+        else:
+            submit(store.database, who, form, Answer((1, 2, 3)), revision=0, now=now, per_minute=9)
+
+    # One before each look. Once there is one answer and one skip for two tasks, nobody does anything for a while.
+    deeds = iter([(ada, True), (bob, False), None, (bob, False)])
+    found = People(store, 60).judge(tasks, time.time(), lambda *_: (deed := next(deeds)) and act(*deed))
+    assert [one.task_id for one in found] == [one.task_id for one in tasks]
 
 
 def test_the_deadline_counts_from_when_the_tasks_were_made(caplog):
@@ -116,16 +151,12 @@ def test_the_deadline_counts_from_when_the_tasks_were_made(caplog):
 
 def test_the_page_s_store_takes_a_round_s_tasks_and_lets_nobody_wait_after_the_last_answer(store: Store):
     """The real store: tasks wait until somebody has answered; a round that asks again finds the answer."""
-    store = Store(f"sqlite:///{tmp_path / 'annotate.db'}")
-    try:
-        people, tasks = People(store, 0.3), [task(1)]
-        found, progress = ask(people, tasks)
-        assert found == []
-        assert progress[0] == (0, 1)
-        assert store.counts([tasks[0].task_id]).answers_needed == 0  # closed at the deadline
-        again = threading.Thread(target=ask, args=(people, tasks))
-        again.start()
-        again.join(5)
-        assert not again.is_alive()
-    finally:
-        store.close()
+    people, tasks = People(store, 0.3), [task(1)]
+    found, progress = ask(people, tasks)
+    assert found == []
+    assert progress[0] == (0, 1)
+    assert store.counts([tasks[0].task_id]).answers_needed == 0  # closed at the deadline
+    again = threading.Thread(target=ask, args=(people, tasks))
+    again.start()
+    again.join(5)
+    assert not again.is_alive()

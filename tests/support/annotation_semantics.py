@@ -208,6 +208,35 @@ class AnnotationSemantics:
         assert settled.metadata["gold_ranks"] == "[1, 2, 3]"
         assert store.counts().remaining == 0
 
+    def test_a_skipped_task_is_passed_once_nobody_is_left_for_it(self, store: Store) -> None:
+        ids = store.add_tasks([task(0, need=2), task(1, need=2)])
+        people = [add_person(store, name) for name in ("ada", "bob", "cy")]
+        add_person(store, "lea", "lead")  # who ranks nothing, and so is not waited for
+
+        def skip_or_answer(who: int, skips: bool) -> int:
+            mine = claim(store.database, who, RULES, NOW)
+            assert mine is not None
+            if skips:
+                skip(store.database, who, form(mine), flags=["unclear"], reason="", now=NOW)
+            else:
+                self.submit(store, who, form(mine))
+            return store.passed(ids)
+
+        ada, bob, cy = people
+        assert [skip_or_answer(ada, True), skip_or_answer(ada, False)] == [2, 2]
+        # Bob has it before him, and takes it away from nobody by skipping the other one.
+        held = claim(store.database, bob, RULES, NOW)
+        assert held is not None
+        assert store.passed(ids) == 0
+        assert [skip_or_answer(bob, False), skip_or_answer(bob, True)] == [1, 2]
+        assert store.counts(ids).remaining == 2
+        assert claim(store.database, cy, RULES, NOW) is not None
+        assert store.passed(ids) == 0
+        assert [skip_or_answer(cy, False), skip_or_answer(cy, True)] == [0, 1]
+        assert store.counts(ids).remaining == 1
+        set_state(store.database, cy, "withdrawn")
+        assert (store.counts(ids).remaining, store.passed(ids)) == (2, 2)
+
     def test_who_withdraws_leaves_no_judgment_and_others_answer_again(self, store: Store) -> None:
         ada, bob = add_person(store, "ada"), add_person(store, "bob")
         store.add_tasks([task()])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -20,7 +20,19 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased
 
 from rlhf.annotate.database import Database
-from rlhf.annotate.tables import DONE, HELD, LATE, WITHDRAWN, Account, Assignment, JudgmentRow, Skip, TaskRow
+from rlhf.annotate.tables import (
+    ACTIVE,
+    DONE,
+    HELD,
+    LATE,
+    SKIPPED,
+    WITHDRAWN,
+    Account,
+    Assignment,
+    JudgmentRow,
+    Skip,
+    TaskRow,
+)
 from rlhf.annotate.tasks import Task
 from rlhf.errors import StorageError
 from rlhf.feedback.judgments import GOLD_RANKS, CompletionShown, Judgment, Source, prompt_id_of
@@ -119,6 +131,14 @@ class Store:
             parts = [_counts(session, TaskRow.id.in_(ids)) for ids in _batches(task_ids)]
             columns = zip(*(asdict(part).values() for part in parts), strict=True)
             return Counts(*map(sum, columns)) if parts else Counts(0, 0, 0, 0, 0, 0, 0)
+
+    def passed(self, task_ids: Sequence[str]) -> int:
+        """Answers to these that nobody is left to give: the task was skipped, and everybody who is at work on these
+        has skipped or answered it."""
+        with self.database.reading() as session:
+            chosen = [TaskRow.id.in_(ids) for ids in _batches(task_ids)]
+            at_work = {id_ for some in chosen for id_ in session.scalars(_at_work(some))}
+            return sum(session.scalars(_passed(some, at_work)).one() for some in chosen)
 
 
 def open_store(settings: Settings) -> Store:
@@ -234,6 +254,22 @@ def _counts(session: Session, chosen: ColumnElement[bool]) -> Counts:
     skipped = _count_rows(session, Skip, chosen)
     judgments = _count_rows(session, JudgmentRow, chosen)
     return Counts(tasks, needed, done, by_state.get(HELD, 0), skipped, by_state.get(LATE, 0), judgments)
+
+
+def _at_work(chosen: ColumnElement[bool]) -> Select[int]:
+    """Who has been given one of these, and may be given more."""
+    query = select(Assignment.account_id).join(TaskRow).join(Account, Account.id == Assignment.account_id)
+    return query.where(chosen, Account.state == ACTIVE).distinct()
+
+
+def _passed(chosen: ColumnElement[bool], at_work: Collection[int]) -> Select[int]:
+    of_task = Assignment.task_seq == TaskRow.seq
+    skipped = select(Assignment.id).where(of_task, Assignment.state == SKIPPED).exists()
+    is_through = (Assignment.account_id == Account.id, Assignment.state.in_((DONE, LATE, SKIPPED)))
+    through = select(Assignment.id).where(of_task, *is_through).correlate(TaskRow, Account).exists()
+    left = select(Account.id).where(Account.id.in_(at_work), ~through).correlate(TaskRow).exists()
+    query = select(func.coalesce(func.sum(TaskRow.free), 0))
+    return query.where(chosen, TaskRow.source.not_in(OWN_SOURCES), TaskRow.closed.is_(False), skipped, ~left)
 
 
 def _count_rows(session: Session, kind: type[JudgmentRow] | type[Skip], chosen: ColumnElement[bool]) -> int:

@@ -112,7 +112,8 @@ class SimulatedJudges:
 class People:
     """Whoever answers on the annotation page.
 
-    A task that somebody skipped need not be answered, or a single person could hold up the round for ever.
+    A task that somebody skipped waits for others. Once everybody who is at work has skipped or answered it, it is
+    waited for no more, or a task that nobody likes could hold up the round until the deadline.
     """
 
     def __init__(self, store: Store, deadline_s: float) -> None:
@@ -121,8 +122,12 @@ class People:
     def judge(self, tasks: Sequence[Task], asked_unix_s: float, on_progress: OnProgress) -> list[Judgment]:
         ids = self._store.add_tasks(tasks)
         deadline = asked_unix_s + self._deadline_s
-        while (counts := self._store.counts(ids)).remaining > counts.skipped:
+        while (counts := self._store.counts(ids)).remaining:
             on_progress(counts.answers, counts.answers_needed)
+            if counts.skipped and self._store.passed(ids) >= counts.remaining:
+                said = "the round goes on with %d of %d answers: everybody at work has skipped or answered what is left"
+                log.warning(said, counts.answers, counts.answers_needed)
+                break
             if time.time() > deadline:
                 log.warning("the deadline is over with %d of %d answers", counts.answers, counts.answers_needed)
                 break
