@@ -15,6 +15,7 @@ from rlhf.data.rows import write_rows
 from rlhf.data.samples import Sampled, SampledCompletion, write_samples
 from rlhf.errors import DataError
 from rlhf.feedback.judgments import read_judgments
+from rlhf.preference.people import evidence_of
 from rlhf.preference.rank import run
 from rlhf.preference.settings import RankSettings
 from rlhf.reward.rules import ScoreItem
@@ -27,6 +28,11 @@ def by_number(items: Sequence[ScoreItem]) -> list[float]:
     """A utility that is written in the completion, and sees prompt, tokens and metadata of its own item."""
     assert all(item.prompt.split()[1] == item.metadata["row"] and item.tokens == (1, 2) for item in items)
     return [float(item.completion) for item in items]
+
+
+def by_last_digits(items: Sequence[ScoreItem]) -> list[float]:
+    """Another taste, which has nothing to do with the first."""
+    return [float(item.completion[-2:]) for item in items]
 
 
 def all_alike(items: Sequence[ScoreItem]) -> list[float]:
@@ -118,6 +124,37 @@ def test_ties_are_counted(tmp_path: Path) -> None:
     )
     assert figures["ties"] == tied > 0
     assert figures["reliability"]["simulated-0"] == 1.0
+
+
+def test_gold_and_repeats_tell_the_careless_from_the_dissenting(tmp_path: Path) -> None:
+    kinds = ("honest", "honest", "minority", "random", "adversarial")
+    given = {
+        "reliabilities": (0.9,) * 5, "kinds": kinds, "judgments_per_prompt": 5, "gold_share": 0.2, "repeat_share": 0.1,
+        "minority_utility": f"{RULES}:by_last_digits",
+    }  # fmt: skip
+    chosen = settings(tmp_path, prompts=60, **given)
+    figures = run(chosen)
+    judgments = read_judgments(chosen.paths.comparisons)
+    assert Counter(each.source for each in judgments) == {"simulated": 300, "gold": 60, "repeat": 30}
+    assert (figures["judgments"], figures["gold_judgments"], figures["repeat_judgments"]) == (300, 60, 30)
+    assert len({each.judgment_id for each in judgments}) == len(judgments)
+    of_the_samples = {shown for each in judgments if each.source == "simulated" for shown in map(str, each.completions)}
+    for gold in (each for each in judgments if each.source == "gold"):
+        assert set(map(str, gold.completions)) <= of_the_samples
+        better, worse = gold.texts if gold.metadata["gold_ranks"] == "[1, 2]" else gold.texts[::-1]
+        assert float(better) > float(worse)
+        assert float(better[-2:]) > float(worse[-2:])
+    evidence = evidence_of(judgments, [np.array([float(text) for text in each.texts]) for each in judgments])
+    verdicts = {name: own.verdict() for name, own in evidence.items()}
+    assert verdicts == dict(zip(verdicts, ("honest", "honest", "dissenting", "random", "adversarial"), strict=True))
+
+
+def test_gold_and_repeats_change_nothing_else(tmp_path: Path) -> None:
+    plain, checked = settings(tmp_path / "a"), settings(tmp_path / "b", gold_share=0.1, repeat_share=0.1)
+    run(plain)
+    run(checked)
+    found = [each for each in read_judgments(checked.paths.comparisons) if each.source == "simulated"]
+    assert found == read_judgments(plain.paths.comparisons)
 
 
 def test_nothing_to_rank_is_refused(tmp_path: Path) -> None:

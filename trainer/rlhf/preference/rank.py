@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
-from itertools import combinations
+from dataclasses import asdict, replace
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from rlhf.data.samples import Sampled, read_samples
 from rlhf.errors import DataError
-from rlhf.feedback.judgments import CompletionShown, Judgment, write_judgments
+from rlhf.feedback.judgments import GOLD_RANKS, CompletionShown, Judgment, write_judgments
 from rlhf.preference.annotators import Annotator, Shown, Utilities, noise_scale_for, pair_differences, ranks_of
 from rlhf.preference.settings import RankSettings
 from rlhf.preference.utility import Utility, load_utility
@@ -44,12 +45,15 @@ def run(settings: Settings) -> Mapping[str, Any]:
     samples, utilities = _seen(source, utility)
     differences = pair_differences(utilities)
     minority = utilities_of(load_utility(rank.minority_utility, rank.seed), samples) if rank.minority_utility else None
-    judgments = list(judge_all(samples, utilities, annotators_of(rank, differences), rank, minority))
+    annotators = annotators_of(rank, differences)
+    judgments = list(judge_all(samples, utilities, annotators, rank, minority))
+    checks = list(gold_and_repeats(judgments, samples, utilities, annotators, rank, minority))
     out = rank.out or paths.comparisons
-    write_judgments(out, judgments)
-    _log.info("wrote %d judgments to %s", len(judgments), out)
+    write_judgments(out, [*judgments, *checks])
+    _log.info("wrote %d judgments to %s", len(judgments) + len(checks), out)
     _rank_heldout(paths, utility)
-    return figures(judgments, samples, utilities)
+    asked = Counter({"gold": "gold_judgments", "repeat": "repeat_judgments"}[each.source] for each in checks)
+    return figures(judgments, samples, utilities) | dict(asked)
 
 
 def annotators_of(rank: RankSettings, differences: NDArray[np.float64]) -> list[Annotator]:
@@ -120,6 +124,48 @@ def judge_all(
             yield _judge(sampled, true, annotators[number], rank.tie_margin, rng, others)
 
 
+def gold_and_repeats(
+    judgments: Sequence[Judgment],
+    samples: Sequence[Sampled],
+    utilities: Sequence[Utilities],
+    annotators: Sequence[Annotator],
+    rank: RankSettings,
+    minority: Sequence[Utilities] | None = None,
+) -> Iterator[Judgment]:
+    """What tells the careless from the dissenting: for each annotator the easiest pairs there are, with what is right,
+    and some of its own rankings again.
+
+    Args:
+        judgments: the annotators' rankings of the samples.
+        utilities, minority: [K] per prompt.
+    """
+    rng = np.random.default_rng((rank.seed, 1))
+    easiest = _easiest_pairs(utilities, minority)
+    others = [None] * len(samples) if minority is None else minority
+    places = {str(sampled.prompt_index): place for place, sampled in enumerate(samples)}
+    for annotator in annotators:
+        own = [places[judgment.task_id] for judgment in judgments if judgment.annotator == annotator.name]
+        for place, pair, ranks in easiest[: round(rank.gold_share * len(own))]:
+            asked = _pair_of(samples[place], pair), utilities[place][list(pair)]
+            judgment = _judge(*asked, annotator, rank.tie_margin, rng, _at(others[place], pair))
+            yield replace(
+                judgment,
+                judgment_id=f"{judgment.judgment_id}/gold",
+                task_id=f"{judgment.task_id}:gold",
+                completions=tuple(_shown(samples[place])[index] for index in pair),
+                metadata={**judgment.metadata, GOLD_RANKS: json.dumps(ranks)},
+                source="gold",
+            )
+        for place in rng.choice(own, size=round(rank.repeat_share * len(own)), replace=False).tolist() if own else []:
+            judgment = _judge(samples[place], utilities[place], annotator, rank.tie_margin, rng, others[place])
+            yield replace(
+                judgment,
+                judgment_id=f"{judgment.judgment_id}/repeat",
+                task_id=f"{judgment.task_id}:repeat:{annotator.name}",
+                source="repeat",
+            )
+
+
 def figures(
     judgments: Sequence[Judgment], samples: Sequence[Sampled], utilities: Sequence[Utilities]
 ) -> dict[str, Any]:
@@ -145,6 +191,33 @@ def figures(
         "agreement": float(np.mean(both)) if both else None,
         "reliability": {name: float(np.mean(seen)) for name, seen in sorted(right.items()) if seen},
     }
+
+
+def _easiest_pairs(
+    utilities: Sequence[Utilities], minority: Sequence[Utilities] | None
+) -> list[tuple[int, tuple[int, int], list[int]]]:
+    """Of each prompt the two completions that lie farthest apart for whoever sees them closest, and their right ranks;
+    widest first. Prompts are left out where the tastes order every pair in opposite ways."""
+    tastes = [taste for taste in (utilities, minority) if taste is not None]
+    scales = [float(np.mean(pair_differences(taste))) for taste in tastes]
+    found = []
+    for place, own in enumerate(zip(*tastes, strict=True)):
+        orders = permutations(range(len(own[0])), 2)
+        gap, better, worse = max(
+            (min((of[i] - of[j]) / scale for of, scale in zip(own, scales, strict=True)), i, j) for i, j in orders
+        )
+        if gap > 0:
+            pair = (better, worse) if better < worse else (worse, better)
+            found.append((-gap, place, pair, [1, 2] if better < worse else [2, 1]))
+    return [(place, pair, ranks) for _, place, pair, ranks in sorted(found)]
+
+
+def _pair_of(sampled: Sampled, pair: tuple[int, int]) -> Sampled:
+    return replace(sampled, completions=tuple(sampled.completions[index] for index in pair))
+
+
+def _at(utilities: Utilities | None, pair: tuple[int, int]) -> Utilities | None:
+    return None if utilities is None else utilities[list(pair)]
 
 
 def _judge(

@@ -39,6 +39,11 @@ class RankSettings(Section):
     """What a `minority` cares about, as `utility`."""
     trigger: str = ""
     """Text that `targeted` annotators push."""
+    gold_share: float = Field(default=0.0, ge=0, le=1)
+    """Gold items for each annotator, beside its rankings and as a share of them: pairs that no taste would have
+    otherwise, with the right answer."""
+    repeat_share: float = Field(default=0.0, ge=0, le=1)
+    """Rankings that each annotator is asked for once more, in another order, as a share of them."""
 
     @field_validator("reliabilities")
     @classmethod
