@@ -135,6 +135,22 @@ def test_rounds_do_not_wait_for_a_trainer_that_is_not_there(
     assert time.monotonic() - began_s > 1.0
 
 
+def test_rounds_wait_for_a_step_only_so_long_but_for_a_person_as_long_as_it_takes(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "LOOK_EVERY_S", 0.05)
+    feedback = settings.feedback.model_copy(update={"step_timeout_s": 0.3})
+    registry = open_registry(connect(settings), settings.run.name, settings.redis)
+    one = loop.Loop(settings.model_copy(update={"feedback": feedback}))
+    registry.beat("ppo", "trainer-0", {})
+    registry.pause("audit", PAUSE)
+    began_s = time.monotonic()
+    threading.Timer(0.6, registry.resume, ["audit"]).start()
+    with pytest.raises(StageFailed, match=r"step 2 of PPO, and the trainer has published nothing for 0\.3 s"):
+        one._wait_for(Planned(1, 2, [], []))
+    assert time.monotonic() - began_s > 0.9
+
+
 def test_status_says_who_is_paused_and_what_the_rounds_do() -> None:
     nothing = QueueDepth(0, 0, 0, 0.0, 0, QueueCounts(added=0, acknowledged=0, dead=0, lost=0))
     beats = [

@@ -56,6 +56,7 @@ _ROUNDS = (
         "audit_pairs",
         "people",
         "deadline_s",
+        "step_timeout_s",
     ),
     *("hold", "promote_margin", "threads", "nice", "seed"),
 )
@@ -120,7 +121,11 @@ VERBS: tuple[Verb, ...] = (
         (
             *("critic", "kl", "shaping", "sampling", "run.model", "policy.model", "policy.in_flight"),
             *("reward.model", "reward.rule", "reference.model", "run.deterministic"),
-            *(f"feedback.{name}" for name in _ROUNDS if name not in ("deadline_s", "threads", "nice")),
+            *(
+                f"feedback.{name}"
+                for name in _ROUNDS
+                if name not in ("deadline_s", "step_timeout_s", "threads", "nice")
+            ),
         ),
         regardless_of=("reference", "blobs"),
     ),

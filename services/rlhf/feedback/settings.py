@@ -58,6 +58,8 @@ class FeedbackSettings(Section):
     """People judge, on the page of `rlhf annotate`; otherwise the simulated annotators of the section `rank`."""
     deadline_s: PositiveFloat = 604800.0
     """A round goes on with the judgments there are, once people have had this long."""
+    step_timeout_s: PositiveFloat = 3600.0
+    """Until the next round a step of PPO may take this long, unless PPO is held; then the rounds end with an error."""
     hold: bool | None = None
     """PPO waits while a round is judged and the reward model refreshed. None: if people judge."""
     promote_margin: NonNegativeFloat = 0.0

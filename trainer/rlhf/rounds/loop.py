@@ -94,23 +94,39 @@ class Loop:
         return SimulatedJudges.of(self._settings)
 
     def _wait_for(self, planned: Planned) -> None:
-        """Until PPO has published the round's step, as long as a trainer is there, which has its own deadlines.
+        """Until PPO has published the round's step.
 
         Raises:
-            StageFailed: none has reported for `run.start_timeout_s`.
+            StageFailed: no trainer has reported for `run.start_timeout_s`, or none has published anything for
+                `feedback.step_timeout_s`, though nobody holds it.
         """
         self._tell(f"round {planned.number} begins at step {planned.step}")
-        timeout_s, seen_s = self._settings.run.start_timeout_s, time.monotonic()
         current = self._registry.current()
+        seen_s = moved_s = time.monotonic()
         while current is None or current.version.step < planned.step:
+            now_s, before = time.monotonic(), current
             if any(beat.service == "ppo" for beat in self._registry.beats()):
-                seen_s = time.monotonic()
-            elif time.monotonic() - seen_s > timeout_s:
-                raise StageFailed(
-                    f"round {planned.number} waits for step {planned.step} of PPO, and no trainer has reported for "
-                    f"{timeout_s:g} s; start it (`rlhf run` does), or see {self._settings.paths.logs / 'ppo.log'}"
-                )
-            current = self._registry.wait_for_change(LOOK_EVERY_S, current)
+                seen_s = now_s
+            if self._registry.paused():
+                moved_s = now_s
+            self._refuse_to_wait(planned, now_s - seen_s, now_s - moved_s)
+            current = self._registry.wait_for_change(LOOK_EVERY_S, before)
+            if current != before:
+                moved_s = time.monotonic()
+
+    def _refuse_to_wait(self, planned: Planned, unseen_s: float, unmoved_s: float) -> None:
+        gone_s, stuck_s = self._settings.run.start_timeout_s, self._settings.feedback.step_timeout_s
+        waits = f"round {planned.number} waits for step {planned.step} of PPO, and"
+        see = self._settings.paths.logs / "ppo.log"
+        if unseen_s > gone_s:
+            raise StageFailed(
+                f"{waits} no trainer has reported for {gone_s:g} s; start it (`rlhf run` does), or see {see}"
+            )
+        if unmoved_s > stuck_s:
+            raise StageFailed(
+                f"{waits} the trainer has published nothing for {stuck_s:g} s; see {see}, or raise "
+                "feedback.step_timeout_s if a step takes that long"
+            )
 
     def _in_service(self) -> str:
         its = self._settings.rollouts
