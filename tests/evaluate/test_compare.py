@@ -20,10 +20,12 @@ from rlhf.evaluate.results import Evaluation, read_evaluation
 from rlhf.evaluate.settings import EvaluateSettings
 from rlhf.models.causal import save_model
 from rlhf.policy.settings import SamplingSettings
+from rlhf.reward.exchange import Pointer, write_pointer
+from rlhf.reward.settings import RewardSettings
 from rlhf.settings.run import Settings
 from rlhf.supervisor.settings import RunSettings
 from rlhf.wire.records import Sampling, Stopping
-from support.tiny import tiny_lm, tiny_lm_folder, tiny_reward_folder, tiny_tokenizer
+from support.tiny import tiny_adapted_folder, tiny_lm, tiny_lm_folder, tiny_reward_folder, tiny_tokenizer
 
 RULE = "def letters(items):\n    return [len(set(item.completion)) + len(item.tokens) / 100 for item in items]\n"
 PROMPTS = ["The film", "I saw", "A fine", "The plot of this", "It was", "Avoid"]
@@ -117,6 +119,38 @@ def test_a_rule_can_reward(folder: Path) -> None:
     assert all(pair.reward_after == pair.judge_after for pair in evaluation.pairs)
     for pair in evaluation.pairs:
         assert pair.judge_after == pytest.approx(len(set(pair.after)) + pair.response_tokens_after / 100)
+
+
+def test_after_rounds_of_feedback_both_policies_are_scored_by_the_model_in_service_and_by_the_first(
+    folder: Path,
+) -> None:
+    chosen = settings(folder)
+    first, _ = evaluated(chosen)
+    assert not [name for name in first if name.startswith("first_")]
+    refreshed = chosen.paths.rounds / "1" / "reward-model"
+    tiny_reward_folder(refreshed, seed=7)
+    # The run's folder has been moved since: what counts is the round.
+    write_pointer(chosen.paths.reward_in_service, Pointer("/elsewhere/reward-model", "sha256", 1))
+    both, evaluation = evaluated(chosen)
+    alone, _ = evaluated(settings(folder, reward_model=refreshed))
+    assert evaluation.reward == str(refreshed)
+    for name in ("reward_before", "reward_after", "reward_gain"):
+        assert both[name] == alone[name] != first[name]
+        assert both[f"first_{name}"] == first[name]
+        assert both[f"first_{name}_interval"] == first[f"{name}_interval"]
+    assert not [name for name in alone if name.startswith("first_")]
+
+
+def test_an_ensemble_s_members_are_taken_together_as_ppo_has_them(folder: Path) -> None:
+    tiny_adapted_folder(folder / "runs" / "run" / "reward-model")
+
+    def rewards(**reward: Any) -> list[float]:
+        chosen = settings(folder).model_copy(update={"reward": RewardSettings(**reward)})
+        return [pair.reward_after for pair in evaluated(chosen)[1].pairs]
+
+    mean, worst = rewards(), rewards(aggregation="worst")
+    assert np.abs(np.subtract(mean, worst)).max() > 0.01
+    assert rewards(aggregation="entropic", entropic_beta=1e-4) == pytest.approx(worst, abs=1e-2)
 
 
 def test_a_reward_model_of_another_tokenizer_reads_the_text(folder: Path) -> None:

@@ -100,9 +100,10 @@ def write_stage(settings: Settings, verb: str, seconds: float, **figures: Any) -
     write_json(settings.paths.stages / f"{verb}.json", record)
 
 
-def write_evaluated(settings: Settings, *pairs: Pair) -> None:
+def write_evaluated(settings: Settings, *pairs: Pair, **figures: object) -> None:
+    own = FIGURES | figures
     write_evaluation(
-        settings.paths.evaluation, Evaluation("before/", "after/", "rm/", "judge.jsonl", {}, 0, FIGURES, pairs)
+        settings.paths.evaluation, Evaluation("before/", "after/", "rm/", "judge.jsonl", {}, 0, own, pairs)
     )
 
 
@@ -123,6 +124,11 @@ def page(settings: Settings) -> Page:
     figures = run(settings)
     assert figures == {"report": str(settings.paths.report), "bytes": settings.paths.report.stat().st_size}
     return Page(settings.paths.report.read_text(encoding="utf-8"))
+
+
+def test_two_reward_models_are_two_lines(settings: Settings) -> None:
+    write_evaluated(settings, pair(0), first_reward_before=-0.03, first_reward_after=1.5, first_reward_gain=1.53)
+    assert "By the reward model that PPO began with−0.031.50change 1.53" in "".join(page(settings).text.split("\n"))
 
 
 def test_a_whole_run(settings: Settings) -> None:

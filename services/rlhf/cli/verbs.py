@@ -60,6 +60,7 @@ _ROUNDS = (
     ),
     *("hold", "promote_margin", "threads", "nice", "seed"),
 )
+_AGGREGATION = ("reward.aggregation", "reward.variance_lambda", "reward.entropic_beta")
 _KEYS = ("prompt_key", "chosen_key", "rejected_key", "tokenizer")
 VERBS: tuple[Verb, ...] = (
     Verb("demo", "rlhf.supervisor.pipeline", "run", "all three steps in a small synthetic world", "run"),
@@ -120,7 +121,7 @@ VERBS: tuple[Verb, ...] = (
         ("critic", "kl", "shaping", "monitor", "sampling", "redis"),
         (
             *("critic", "kl", "shaping", "sampling", "run.model", "policy.model", "policy.in_flight"),
-            *("reward.model", "reward.rule", "reference.model", "run.deterministic"),
+            *("reward.model", "reward.rule", "reference.model", "run.deterministic", *_AGGREGATION),
             *(
                 f"feedback.{name}"
                 for name in _ROUNDS
@@ -164,8 +165,8 @@ VERBS: tuple[Verb, ...] = (
         "stage",
         "compare the policy before and after",
         "evaluate",
-        ("sampling",),
-        ("sampling", "run.model"),
+        ("sampling", "reward"),
+        ("sampling", "run.model", *_AGGREGATION),
     ),
     Verb("report", "rlhf.evaluate.report", "stage", "HTML page with plots and samples", "evaluate"),
     Verb("status", "rlhf.observe.status", "look", "what a run is doing, and what waits for what", "run", ("redis",)),

@@ -23,6 +23,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "ppo": ("steps", "rollouts", "stale", "dead"),
     "evaluate": (
         *("prompts", "reward_before", "reward_before_interval", "reward_after", "reward_after_interval"),
+        *("first_reward_before", "first_reward_before_interval", "first_reward_after", "first_reward_after_interval"),
         *("judge_before", "judge_before_interval", "judge_after", "judge_after_interval"),
         *("judge_gain", "judge_gain_interval", "kl", "kl_interval"),
         *("distinct_bigrams_before", "distinct_bigrams_after"),
@@ -105,7 +106,7 @@ def _rows(summary: Mapping[str, Any]) -> Iterable[tuple[str, str, str, str]]:
         if f"{prefix}reward_model_accuracy" in summary:
             compare = f"length alone {_number(summary.get(f'{prefix}length_only_accuracy'), 3)}"
             yield label, "", _number(summary[f"{prefix}reward_model_accuracy"], 3), compare
-    for name, label in (("reward", "reward"), ("judge", "judge")):
+    for name, label in (("reward", "reward"), ("first_reward", "  by the first model"), ("judge", "judge")):
         if f"{name}_after" in summary:
             gain = summary.get(f"{name}_gain_interval")
             compare = "" if gain is None else f"gain {gain[0]:.2f} to {gain[1]:.2f}"

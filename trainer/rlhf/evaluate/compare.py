@@ -2,7 +2,9 @@
 
 Figures, of which `<name>_interval` is the 95 % bootstrap interval [low, high] over prompts:
 
-    reward_before, reward_after, reward_gain    mean reward; the gain is paired
+    reward_before, reward_after, reward_gain    mean reward; the gain is paired. After rounds of feedback by the reward
+                                                model in service at the end, both policies by the same
+    first_reward_before, _after, _gain          the same by the one that PPO began with, where another is in service
     judge_before, judge_after, judge_gain       mean score of the judge; the gain is paired
     judge_heldout_accuracy                      of a judge that was fitted; None for a rule
     kl                                          nats per completion, KL(after ‖ before), estimated from after's samples
@@ -29,7 +31,7 @@ from rlhf.evaluate import frontier
 from rlhf.evaluate.judge import Judge, load_judge
 from rlhf.evaluate.policies import Answer, Policy, load_both
 from rlhf.evaluate.results import Evaluation, Pair, write_evaluation
-from rlhf.evaluate.scoring import Rewards, Scores, load_rewards, logprob_sums, score_items
+from rlhf.evaluate.scoring import Rewards, Scores, load_first_rewards, load_rewards, logprob_sums, score_items
 from rlhf.evaluate.statistics import bigrams, bootstrap_interval
 from rlhf.models.compute import set_threads
 from rlhf.models.folders import start_model
@@ -51,7 +53,7 @@ def run(settings: Settings) -> Mapping[str, Any]:
     folders = evaluate.before or start_model(settings), evaluate.after or paths.policy
     before, after = load_both(*folders, evaluate.device, evaluate.dtype)
     judge = load_judge(evaluate.judge or paths.labelled, evaluate.seed)
-    rewards, rewards_name = load_rewards(evaluate, paths)
+    rewards, rewards_name = load_rewards(settings)
     sampling, stopping = sampling_of(settings.sampling, completions=1, seed=evaluate.seed)
 
     with progress("evaluate", total=2 * len(prompts), unit="completions") as bar:
@@ -61,6 +63,8 @@ def run(settings: Settings) -> Mapping[str, Any]:
     pairs = _pairs(answers_before, answers_after, rewards, judge, kl)
 
     figures = figures_of(pairs, evaluate.seed) | {"judge_heldout_accuracy": judge.heldout_accuracy}
+    if (first := load_first_rewards(settings)) is not None:
+        figures |= _by_first(first.score(answers_before), first.score(answers_after), evaluate.seed)
     evaluation = Evaluation(
         before=str(folders[0]),
         after=str(folders[1]),
@@ -91,6 +95,14 @@ def figures_of(pairs: Sequence[Pair], seed: int) -> dict[str, Any]:
         **_variety("before", [pair.before for pair in pairs]),
         **_variety("after", [pair.after for pair in pairs]),
     }
+
+
+def _by_first(before: Scores, after: Scores, seed: int) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for name, values in (("before", before), ("after", after), ("gain", after - before)):
+        figures[f"first_reward_{name}"] = float(values.mean())
+        figures[f"first_reward_{name}_interval"] = list(bootstrap_interval(values, seed))
+    return figures
 
 
 def _variety(when: str, texts: Sequence[str]) -> dict[str, float]:

@@ -154,7 +154,8 @@ def _lines(figures: Mapping[str, Any]) -> Iterator[Line]:
         beside = f"by length alone {number(figures['noise_free_length_only_accuracy'])}"
         accuracy = number(figures["noise_free_reward_model_accuracy"])
         yield Line("Against the annotators' noise-free preference, on held-out prompts", "", accuracy, beside)
-    for name, label in (("judge", "Judge's score"), ("reward", "Reward")):
+    labels = {"judge": "Judge's score", "reward": "Reward", "first_reward": "By the reward model that PPO began with"}
+    for name, label in labels.items():
         if f"{name}_after" in figures:
             before, after = (_with_interval(figures, f"{name}_{when}") for when in ("before", "after"))
             yield Line(label, before, after, f"change {_with_interval(figures, f'{name}_gain')}")

@@ -11,15 +11,17 @@ import torch
 from numpy.typing import NDArray
 
 from rlhf.evaluate.policies import Answer, Policy
-from rlhf.evaluate.settings import EvaluateSettings
 from rlhf.models.padding import pad
 from rlhf.ops.logprobs import logprobs_kl_from_logits
 from rlhf.reference.requests import Item
 from rlhf.reference.scorer import ReferenceModel
+from rlhf.reward.aggregate import Aggregation, aggregation_of
+from rlhf.reward.exchange import read_pointer
 from rlhf.reward.head import RewardHead
 from rlhf.reward.requests import Texts, TokenItem
 from rlhf.reward.rules import Rule, ScoreItem, load_rule
 from rlhf.settings.paths import RunPaths
+from rlhf.settings.run import Settings
 
 Scores = NDArray[np.float64]
 T = TypeVar("T")
@@ -37,12 +39,12 @@ class Rewards(Protocol):
 class ModelRewards:
     """A reward model's folder. Tokens go in as they are if it has the policy's tokenizer, otherwise the text does."""
 
-    def __init__(self, folder: Path, device: str, dtype: str) -> None:
+    def __init__(self, folder: Path, device: str, dtype: str, aggregation: Aggregation) -> None:
         """
         Raises:
             ModelError: the folder holds no reward model.
         """
-        self._head = RewardHead.load(folder, device, dtype, threads=0)
+        self._head = RewardHead.load(folder, device, dtype, 0, aggregation)
 
     def score(self, answers: Sequence[Answer]) -> Scores:
         readings = [self._head.reading(self._tokens(answer)) for answer in answers]
@@ -63,16 +65,36 @@ class RuleRewards:
         return self._rule.score(score_items(answers)).astype(np.float64)
 
 
-def load_rewards(settings: EvaluateSettings, paths: RunPaths) -> tuple[Rewards, str]:
-    """The rule if one is set, else the reward model; and what it is called.
+def load_rewards(settings: Settings) -> tuple[Rewards, str]:
+    """The rule if one is set, else the reward model, its members taken together as PPO had them; and what it is called.
+    Of a run with rounds of feedback it is the model in service at the end, which scores both policies, so that they are
+    on one scale.
 
     Raises:
         ModelError, RuleError: it cannot be loaded.
     """
-    if settings.reward_rule:
-        return RuleRewards(load_rule(settings.reward_rule)), settings.reward_rule
-    folder = settings.reward_model or paths.reward_model
-    return ModelRewards(folder, settings.device, settings.dtype), str(folder)
+    its, paths = settings.evaluate, settings.paths
+    if its.reward_rule:
+        return RuleRewards(load_rule(its.reward_rule)), its.reward_rule
+    folder = its.reward_model or _refreshed(paths) or paths.reward_model
+    return ModelRewards(folder, its.device, its.dtype, aggregation_of(settings.reward)), str(folder)
+
+
+def load_first_rewards(settings: Settings) -> Rewards | None:
+    """The reward model that PPO began with; None where `load_rewards` gives no refreshed one.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    its, paths = settings.evaluate, settings.paths
+    if its.reward_rule or its.reward_model or _refreshed(paths) is None:
+        return None
+    return ModelRewards(paths.reward_model, its.device, its.dtype, aggregation_of(settings.reward))
+
+
+def _refreshed(paths: RunPaths) -> Path | None:
+    pointer = read_pointer(paths.reward_in_service)
+    return None if pointer is None else paths.rounds / str(pointer.round) / "reward-model"
 
 
 def score_items(answers: Sequence[Answer]) -> list[ScoreItem]:
