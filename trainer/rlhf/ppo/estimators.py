@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf.ops import gae
-from rlhf.ppo.experience import Experience, minibatches
+from rlhf.ppo.experience import Experience, together
 from rlhf.ppo.settings import WITHOUT_CRITIC, PpoSettings
 
 GROUP_STD_EPSILON = 1e-4
@@ -161,7 +161,7 @@ def _whole(advantages: Tensor, experience: Experience) -> Estimate:
 
 def _gae(rewards: Tensor, values: Tensor, experience: Experience, gamma: float, lam: float) -> Tensor:
     """[N], through padded rows."""
-    (whole,) = next(minibatches(experience, 1, 2**62, torch.arange(experience.sequences)))
+    whole = together(experience)
     padded = gae(whole.pad(rewards), whole.pad(values), whole.pad(experience.response_mask), gamma, lam)
     advantages = torch.zeros_like(rewards)
     whole.pack(padded, advantages)

@@ -132,29 +132,43 @@ class MicroBatch:
         flat[self.indices] = padded.cpu()[self.place_mask]
 
 
+PASS_COSTS_TOKENS = 128
+"""What a forward and backward pass costs beside its tokens, in tokens: 270, 130 and 80 on one core of an EPYC, for models
+of 0.1, 1 and 4 million parameters. On a GPU reading the weights alone takes as long as computing with some 200."""
+
+
 def minibatches(
     experience: Experience, count: int, micro_batch_tokens: int, order: Tensor
 ) -> Iterator[list[MicroBatch]]:
     """`count` minibatches of equal numbers of sequences, each as micro-batches of at most `micro_batch_tokens` padded
-    tokens (one sequence at the least).
+    tokens (one sequence at the least). The gradient of a minibatch is a sum over its sequences, whatever micro-batch
+    they are in, so those of like length go together, and hardly anything is computed for padding.
 
     Args:
-        order: [S] int64, the order in which sequences are dealt out.
+        order: [S] int64, the order in which sequences are dealt out; also decides among sequences of one length.
     """
     for part in order.tensor_split(count):
-        yield [_micro_batch(experience, rows) for rows in _split_by_tokens(experience, part, micro_batch_tokens)]
+        yield [_micro_batch(experience, rows) for rows in _of_like_length(experience, part, micro_batch_tokens)]
 
 
-def _split_by_tokens(experience: Experience, rows: Tensor, micro_batch_tokens: int) -> Iterator[list[int]]:
+def together(experience: Experience) -> MicroBatch:
+    """All sequences, in their own order."""
+    return _micro_batch(experience, list(range(experience.sequences)))
+
+
+def _of_like_length(experience: Experience, rows: Tensor, micro_batch_tokens: int) -> Iterator[list[int]]:
+    """From the longest on, a new micro-batch wherever the padding would cost more than another pass."""
     lengths = experience.lengths.tolist()
     taken: list[int] = []
-    longest = 0
-    for row in rows.tolist():
-        if taken and max(longest, lengths[row]) * (len(taken) + 1) > micro_batch_tokens:
+    tokens = 0
+    # Python's sort is stable, also in reverse.
+    for row in sorted(rows.tolist(), key=lengths.__getitem__, reverse=True):
+        padded = lengths[taken[0]] * (len(taken) + 1) if taken else 0
+        if padded > micro_batch_tokens or padded - tokens - lengths[row] > PASS_COSTS_TOKENS:
             yield taken
-            taken, longest = [], 0
+            taken, tokens = [], 0
         taken.append(row)
-        longest = max(longest, lengths[row])
+        tokens += lengths[row]
     if taken:
         yield taken
 

@@ -35,7 +35,7 @@ class PpoSettings(Compute):
     minibatches: PositiveInt = 1
     """Minibatches per pass, one optimiser step each."""
     micro_batch_tokens: PositiveInt = 16384
-    """Padded tokens in one forward and backward pass."""
+    """Padded tokens in one forward and backward pass, at most. Completions of like length share one."""
     max_staleness: NonNegativeInt = 0
     """How many optimisation steps old the weights behind a rollout may be. 0: strictly on-policy; more lets generation
     overlap training."""
