@@ -3,6 +3,7 @@ docs/ppo-details.md, which says what others do and why the default here is what 
 """
 
 import copy
+import json
 import math
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.models.causal import disable_dropout
+from rlhf.models.causal import load_causal_lm
 from rlhf.models.padding import pad
 from rlhf.models.reward import RewardModel, ended
 from rlhf.ops import gae, kl_penalty, policy_loss
@@ -25,11 +26,13 @@ from rlhf.ppo.losses import value_loss
 from rlhf.ppo.prompts import EncodedPrompt
 from rlhf.ppo.rewards import shaped_scores, whiten
 from rlhf.ppo.settings import CriticSettings, KlSettings, PpoSettings
+from rlhf.ppo.setup import build_step
 from rlhf.ppo.source import TaskMaker
-from rlhf.preference.pairwise import bradley_terry
+from rlhf.preference.plackett_luce import plackett_luce
 from rlhf.preference.settings import RewardModelSettings
 from rlhf.reference.requests import Item
 from rlhf.reference.scorer import ReferenceModel
+from rlhf.settings.run import Settings
 from rlhf.wire.records import FinishReason, Sampling, Stopping, WeightVersion
 from support.parity import EOS, PAD, new_case, our_scores, our_step, response_mask, sequences
 from support.rollouts import rollout, scored
@@ -121,16 +124,29 @@ def test_04_a_sampled_pad_token_is_a_token_like_any_other():
     assert experience.last_response_index.tolist() == [3]
 
 
-def test_05_dropout_is_off_everywhere():
-    policy = tiny_lm("gpt2")
-    for module in policy.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.5
+def test_05_dropout_is_off_everywhere(tmp_path):
+    """In policy and critic also where training mode is on; reference and reward model are never put into it."""
+    folder = tiny_lm_folder(tmp_path / "model", "gpt2")
+    config = json.loads((folder / "config.json").read_text())
+    config.update(dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.5))
+    (folder / "config.json").write_text(json.dumps(config))
+    RewardModel.new(folder).save(tmp_path / "reward", tiny_tokenizer())
+    settings = Settings.model_validate({"ppo": {"model": folder}, "critic": {"model": tmp_path / "reward"}})
+    learner = build_step(settings, tiny_tokenizer()).learner
     ids = torch.tensor([[5, 6, 7, 8]])
-    policy.train()
-    assert not policy(input_ids=ids).logits.equal(policy(input_ids=ids).logits)
-    disable_dropout(policy)
-    assert policy(input_ids=ids).logits.equal(policy(input_ids=ids).logits)
+    for module, call in (
+        (learner.policy, lambda model: model(input_ids=ids).logits),
+        (learner.critic, lambda model: model(ids, torch.ones_like(ids, dtype=torch.bool))),
+    ):
+        assert any(isinstance(part, torch.nn.Dropout) for part in module.modules())
+        module.train()
+        assert call(module).equal(call(module))
+    served = load_causal_lm(folder), RewardModel.load(tmp_path / "reward")
+    assert not any(part.training for model in served for part in model.modules() if isinstance(part, torch.nn.Dropout))
+    served[0].train()
+    assert not served[0](input_ids=ids).logits.equal(served[0](input_ids=ids).logits), (
+        "or there would be none to be off"
+    )
 
 
 def test_06_the_first_minibatchs_ratio_is_exactly_one(case):
@@ -313,12 +329,16 @@ def test_21_adams_epsilon_is_1e_5_inside_pytorchs_form(case):
     assert (PpoSettings().adam_epsilon, PpoSettings().lr_schedule) == (1e-5, "constant")
 
 
-def test_22_reward_models_learn_from_all_pairs_of_a_ranking_in_one_pass():
+def test_22_reward_models_learn_from_a_whole_ranking_in_one_pass():
+    """As from a choice of the best of all, then of the best of those left; of two, that is -log σ of the difference."""
     scores = torch.tensor([2.0, 0.5, 1.0])
-    pairs = [(0, 1), (0, 2), (2, 1)]
-    expected = -sum(torch.nn.functional.logsigmoid(scores[a] - scores[b]) for a, b in pairs) / 3 * 2
-    assert bradley_terry(scores, (1, 3, 2)).item() == pytest.approx(expected.item())
-    assert RewardModelSettings().epochs == 1
+    expected = -torch.log_softmax(scores, 0)[0] - torch.nn.functional.logsigmoid(scores[2] - scores[1])
+    assert plackett_luce(scores, (1, 3, 2)).item() == pytest.approx(expected.item())
+    pair = -torch.nn.functional.logsigmoid(scores[0] - scores[1])
+    assert plackett_luce(scores[:2], (1, 2)).item() == pytest.approx(pair.item())
+    defaults = RewardModelSettings()
+    assert (defaults.loss, defaults.epochs, defaults.prompts_per_batch) == ("plackett-luce", 1, 8)
+    assert (defaults.lr, defaults.schedule) == (1e-3, "cosine")
 
 
 def test_23_a_batch_is_prompts_times_completions():
@@ -364,7 +384,7 @@ def test_25_k1_as_a_loss_has_no_gradient_and_k2_has_the_kls():
     torch.testing.assert_close(expected("k2"), gradient(forward))
     torch.testing.assert_close(expected("k3"), gradient(backward))
     assert not torch.allclose(expected("k3"), gradient(forward), rtol=0.05)
-    assert KlSettings().loss_coef == 0.0
+    assert (KlSettings().loss_coef, KlSettings().loss_estimator) == (0.0, "k3")
 
 
 def test_the_documentation_has_a_line_for_every_detail():
