@@ -1,7 +1,6 @@
 """Faults planted into real rollouts, replicas and models, and seen by the monitor of a real step."""
 
 import copy
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,62 +10,13 @@ from torch import nn
 
 from rlhf.errors import StageFailed
 from rlhf.models.tokenizer import train_tokenizer
-from rlhf.policy.sample import generate
 from rlhf.ppo.invariants import REMEDIES
-from rlhf.ppo.kl_control import KlController
-from rlhf.ppo.learner import Learner
 from rlhf.ppo.monitor import Monitor
-from rlhf.ppo.step import PpoStep
-from rlhf.reference.requests import Item
-from rlhf.reference.scorer import ReferenceModel
 from rlhf.settings.run import Settings
-from rlhf.wire.records import FinishReason, LogprobMode, Sampling, Stopping
-from support.rollouts import rollout, scored, version
+from rlhf.wire.records import FinishReason, LogprobMode, Sampling
+from support.monitored import NEW_TOKENS, PRESENT, PROMPTS, found_by, models, rollouts_of
+from support.rollouts import scored, version
 from support.tiny import tiny_lm, tiny_tokenizer
-
-PRESENT = replace(version(3), sha256="a" * 64)
-PROMPTS = [np.array(ids, np.int32) for ids in ([5, 6, 7], [8, 9], [10, 11, 12, 13], [5, 9])]
-NEW_TOKENS = 12
-PLAIN = Sampling(seed=1)
-
-
-def models(temperature=1.0, architecture="llama", **sections):
-    """A step on a tiny policy, and its monitor, which knows that its weights are published as PRESENT."""
-    settings = Settings.model_validate(
-        {"ppo": {"epochs": 1}, "critic": {"kind": "shared"}, "sampling": {"temperature": temperature}, **sections}
-    )
-    learner = Learner(
-        tiny_lm(architecture), None, settings.ppo, settings.critic, settings.kl,
-        temperature=temperature, pad_id=tiny_tokenizer().pad_token_id,
-    )  # fmt: skip
-    monitor = Monitor(settings, learner, tiny_tokenizer())
-    monitor.published(PRESENT, {"policy-0": PRESENT}, probe=dict)
-    return PpoStep(learner, KlController(settings.kl), torch.Generator().manual_seed(0)), monitor
-
-
-def rollouts_of(policy, reference, *, sampling=PLAIN, mode=LogprobMode.TEMPERATURE, prompts=PROMPTS * 4):
-    """What worker and services make of prompts: by the policy's real sampler and the reference's real scorer."""
-    stopping = Stopping(max_new_tokens=NEW_TOKENS)
-    answers = generate(policy, tiny_tokenizer(), prompts, sampling, stopping, logprob_mode=mode, version=PRESENT)
-    scorer = ReferenceModel(reference, model_sha256="", tokenizer_sha256="")
-    made = []
-    for index, (prompt, (answer,)) in enumerate(zip(prompts, answers, strict=True)):
-        sequence = np.concatenate([prompt, answer.token_ids])
-        (ref_logprobs,) = scorer.forward([Item(sequence, len(prompt), sampling.temperature)])
-        completion = scored(
-            sequence.tolist(), len(prompt), score=float(len(set(answer.token_ids.tolist()))), weights=PRESENT,
-            logprobs=answer.logprobs.tolist(), ref_logprobs=ref_logprobs.tolist(), finish_reason=answer.finish_reason,
-        )  # fmt: skip
-        made.append(replace(rollout(index, replace(completion, text=answer.text)), sampling=sampling))
-    return made
-
-
-def found_by(step, monitor, rollouts, number=1):
-    """What the monitor says of a step on these, by name."""
-    figures = vars(step(rollouts, monitor.look)) | {"staleness_mean": 0.0}
-    figures, diagnoses = monitor.judge(number, {name: value for name, value in figures.items() if value is not None})
-    json.dumps(figures, allow_nan=False)
-    return {diagnosis.name: diagnosis.what for diagnosis in diagnoses}
 
 
 def completions_changed(rollouts, change):
