@@ -10,6 +10,7 @@ import torch
 from rlhf.errors import ModelError, SettingsError
 from rlhf.models.causal import attend_with, checkpoint_activations
 from rlhf.ops import policy_gradient_loss, policy_loss
+from rlhf.ppo.checkpoint import capture, restore
 from rlhf.ppo.experience import gather, minibatches
 from rlhf.ppo.settings import CriticSettings, KlSettings, PpoSettings
 from rlhf.ppo.setup import check_warmup
@@ -65,6 +66,38 @@ def test_clips_of_the_settings_reach_the_loss():
     assert (terms.clip_low, terms.clip_high, terms.dual_clip, terms.ratio) == (0.1, 0.3, 2.0, True)
     assert tiny_step(clip_range=0.1).learner.terms.clip_high == 0.1
     assert not tiny_step(estimator="a2c", epochs=1).learner.terms.ratio
+
+
+def test_an_entropy_bonus_and_a_penalty_in_the_loss_reach_it_too():
+    terms = tiny_step(entropy_coef=0.03, kl=KlSettings(loss_coef=0.2, loss_estimator="k2")).learner.terms
+    assert (terms.entropy_coef, terms.kl_coef, terms.kl_estimator) == (0.03, 0.2, "k2")
+
+
+@pytest.mark.parametrize("coef", [0.0, 0.1])
+def test_an_entropy_bonus_raises_the_entropy(coef):
+    """Nothing else teaches anything here: all rewards are alike."""
+    step = tiny_step(
+        estimator="reinforce++", kl=KlSettings(coef=0.0), lr=3e-3, entropy_coef=coef, whiten_advantages=False
+    )
+    reference, found = copy.deepcopy(step.learner.policy), []
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        rollouts = sampled_rollouts(
+            step.learner.policy, reference, PROMPTS * 4, lambda r: 1.0, new_tokens=6, generator=generator
+        )
+        found.append(step(rollouts).entropy)
+    moved = not weights_of(step.learner.policy).equal(weights_of(reference))
+    assert moved == (coef > 0)
+    assert coef == 0 or found[-1] > found[0] + 0.1
+
+
+def test_the_adaptive_coefficient_is_part_of_what_a_checkpoint_keeps():
+    kl = KlSettings(coef=0.1, adaptive=True, horizon=10.0)
+    step, other = (tiny_step(kl=kl, critic=CriticSettings(kind="shared")) for _ in range(2))
+    step(some_rollouts(step))
+    assert step.kl.coef != 0.1
+    restore(other, *capture(step))
+    assert other.kl.coef == step.kl.coef
 
 
 def test_the_policy_gradient_ignores_what_lies_outside_the_mask():
