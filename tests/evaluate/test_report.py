@@ -15,7 +15,7 @@ import pytest
 
 from rlhf.data.rows import write_rows
 from rlhf.errors import DataError
-from rlhf.evaluate.plots import learning_curves, over_optimisation, seconds_by_phase
+from rlhf.evaluate.plots import learning_curves, over_optimisation, rollouts_by_age, seconds_by_phase
 from rlhf.evaluate.report import run
 from rlhf.evaluate.results import Evaluation, Fit, Frontier, Pair, Point, write_evaluation, write_frontier
 from rlhf.models.folders import write_json
@@ -281,6 +281,14 @@ def test_phases_are_stacked_longest_first() -> None:
     assert plot is not None
     assert plot.caption == "In total: wait 8 s, train 4 s."
     assert seconds_by_phase([{"step": 1}]) is None
+
+
+def test_rollouts_of_older_weights_are_drawn_by_their_age() -> None:
+    rows = [{"step": n, "staleness_mean": 0.5, "staleness_0": 4.0, "staleness_2": 4.0 * (n > 1)} for n in (1, 2, 3)]
+    plot = rollouts_by_age([*rows, {"step": 4, "staleness_0": 4.0, "staleness_10": 8.0}])
+    assert plot is not None
+    assert plot.alt == "Rollouts by age, 0: 50%, 2: 25%, 10: 25%"
+    assert rollouts_by_age([{"step": 1, "staleness_mean": 0.0, "staleness_0": 4.0, "staleness_1": 0.0}]) is None
 
 
 def test_what_the_monitor_found_is_a_table(settings: Settings) -> None:

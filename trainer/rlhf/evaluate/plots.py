@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,12 +111,7 @@ CURVES = (
     ),
     Curve("Response length", "tokens", "Mean over the completions of a step.", {"response_tokens_mean": "length"}),
     Curve("Ended by itself", "share", "Completions with an end token within the limit.", {"ended_fraction": "ended"}),
-    Curve(
-        "Staleness",
-        "steps",
-        "Age of the weights behind the rollouts of a step.",
-        {"staleness_mean": "mean", "staleness_max": "oldest"},
-    ),
+    Curve("Staleness", "steps", "Mean age of the weights behind the rollouts of a step.", {"staleness_mean": "mean"}),
 )
 
 
@@ -140,18 +136,24 @@ def seconds_by_phase(metrics: Metrics) -> Plot | None:
     longest_first = sorted(phases, key=lambda name: (-sum(phases[name]), name))
     if not longest_first:
         return None
-    with matplotlib.rc_context(LOOK):
-        figure, axes = axes_of("step", "s per step")
-        steps = [row["step"] for row in metrics]
-        labels = [name.removeprefix("seconds_").replace("_", " ") for name in longest_first]
-        _stack(axes, steps, {label: phases[name] for label, name in zip(labels, longest_first, strict=True)})
-        axes.margins(x=0.02)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        legend(axes, len(labels))
-        totals = ", ".join(
-            f"{label} {sum(phases[name]):.0f} s" for name, label in zip(longest_first, labels, strict=True)
-        )
-        return Plot("Where the time goes", svg(figure), f"In total: {totals}.", f"Seconds by phase: {totals}")
+    series = {name.removeprefix("seconds_").replace("_", " "): phases[name] for name in longest_first}
+    totals = ", ".join(f"{label} {sum(values):.0f} s" for label, values in series.items())
+    caption, alt = f"In total: {totals}.", f"Seconds by phase: {totals}"
+    return Plot("Where the time goes", _stacked(metrics, "s per step", series), caption, alt)
+
+
+def rollouts_by_age(metrics: Metrics) -> Plot | None:
+    """Fields `staleness_<steps>` stacked, the freshest below. None: all rollouts were fresh."""
+    names = {name for row in metrics for name, count in row.items() if re.fullmatch(r"staleness_\d+", name) and count}
+    if not names - {"staleness_0"}:
+        return None
+    by_age = sorted(names, key=lambda name: int(name.removeprefix("staleness_")))
+    counts = {name: [float(row.get(name) or 0.0) for row in metrics] for name in by_age}
+    total = sum(map(sum, counts.values()))
+    shares = ", ".join(f"{name.removeprefix('staleness_')}: {sum(counts[name]) / total:.0%}" for name in by_age)
+    series = {f"{name.removeprefix('staleness_')} old": counts[name] for name in by_age}
+    caption = f"Of each step, by how many steps old the weights were that sampled them. In all, {shares}."
+    return Plot("Rollouts by age", _stacked(metrics, "rollouts", series), caption, f"Rollouts by age, {shares}")
 
 
 def judge_distribution(pairs: Sequence[Pair]) -> Plot:
@@ -324,6 +326,17 @@ def _draw(axes: Axes, steps: NDArray[Any], values: NDArray[Any], colour: str, la
     ones = np.ones(width)
     smooth = np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
     axes.plot(steps, smooth, color=colour, label=label)
+
+
+def _stacked(metrics: Metrics, unit: str, series: Mapping[str, Sequence[float]]) -> str:
+    """An image of what adds up, step by step; the first of the series below."""
+    with matplotlib.rc_context(LOOK):
+        figure, axes = axes_of("step", unit)
+        _stack(axes, [row["step"] for row in metrics], series)
+        axes.margins(x=0.02)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        legend(axes, len(series))
+        return svg(figure)
 
 
 def _stack(axes: Axes, steps: Sequence[int], series: Mapping[str, Sequence[float]]) -> None:

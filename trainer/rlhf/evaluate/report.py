@@ -25,6 +25,7 @@ from rlhf.evaluate.plots import (
     learning_curves,
     over_optimisation,
     reward_against_judge,
+    rollouts_by_age,
     seconds_by_phase,
 )
 from rlhf.evaluate.results import Evaluation, Frontier, Interval, Pair, read_evaluation, read_frontier
@@ -92,7 +93,7 @@ def render(settings: Settings) -> str:
         lines=list(_lines(figures)),
         seconds={name: stage["seconds"] for name, stage in stages.items()},
         steps=len(metrics),
-        curves=[*curves, *filter(None, [seconds_by_phase(metrics)])],
+        curves=[*curves, *filter(None, [rollouts_by_age(metrics), seconds_by_phase(metrics)])],
         constant=constant,
         watched=any("diagnoses" in row for row in metrics),
         found=summary(metrics),

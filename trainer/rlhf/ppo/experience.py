@@ -133,8 +133,9 @@ class MicroBatch:
 
 
 PASS_COSTS_TOKENS = 128
-"""What a forward and backward pass costs beside its tokens, in tokens: 270, 130 and 80 on one core of an EPYC, for models
-of 0.1, 1 and 4 million parameters. On a GPU reading the weights alone takes as long as computing with some 200."""
+"""What a forward and backward pass costs beside its tokens, in tokens: 270, 130 and 80 on one core of an EPYC, for
+models of 0.1, 1 and 4 million parameters. On a GPU reading the weights alone takes as long as computing with some
+200."""
 
 
 def minibatches(
