@@ -2,11 +2,8 @@
 
 import errno
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -22,6 +19,7 @@ from rlhf.queues.keys import RunKeys
 from rlhf.settings.run import Settings
 from support.answering import AnsweringWorker
 from support.tiny import tiny_lm_folder, tiny_reward_folder
+from support.trainers import start_trainer
 
 
 @pytest.fixture
@@ -126,17 +124,6 @@ def test_stale_rollouts_are_counted_and_issued_again(settings, worker):
     assert audit.run(settings)["stale"] == figures["stale"]
 
 
-def start_trainer(settings):
-    settings.paths.folder.mkdir(parents=True, exist_ok=True)
-    config = settings.paths.folder / "run.json"
-    config.write_text(settings.model_dump_json())
-    code = (
-        "import sys; from rlhf.settings.run import Settings; from rlhf.ppo import loop; "
-        "loop.run(Settings.model_validate_json(open(sys.argv[1]).read()))"
-    )
-    return subprocess.Popen([sys.executable, "-c", code, str(config)], env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 def wait_for_step(settings, step, timeout_s=60.0):
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -146,14 +133,21 @@ def wait_for_step(settings, step, timeout_s=60.0):
     raise AssertionError(f"step {step} was not reached")
 
 
+def kill(trainer):
+    trainer.kill()
+    trainer.join(20)
+    assert trainer.exitcode == -signal.SIGKILL
+
+
 def test_killed_trainers_go_on_with_nothing_trained_twice(settings, worker):
     settings = changed(settings, steps=12, checkpoint_every=4)
     for step in (3, 6):
         trainer = start_trainer(settings)
         wait_for_step(settings, step)
-        trainer.kill()
-        trainer.wait()
-    assert start_trainer(settings).wait(timeout=90) == 0
+        kill(trainer)
+    trainer = start_trainer(settings)
+    trainer.join(90)
+    assert trainer.exitcode == 0
     counts = audit.run(settings)
     assert counts["trained"] == 48
     assert counts["outstanding"] == 0
@@ -163,8 +157,9 @@ def test_sigterm_saves_and_says_that_it_is_not_finished(settings, worker):
     settings = changed(settings, steps=1000, checkpoint_every=1000)
     trainer = start_trainer(settings)
     wait_for_step(settings, 3)
-    trainer.send_signal(signal.SIGTERM)
-    assert trainer.wait(timeout=20) == loop.STOPPED
+    trainer.terminate()
+    trainer.join(20)
+    assert trainer.exitcode == loop.STOPPED
     assert int(checkpoints(settings.paths.checkpoints)[-1].name.split("-")[1]) >= 3
 
 
@@ -221,8 +216,7 @@ def test_a_rollout_that_cannot_be_used_is_issued_again_also_after_a_kill(setting
     worker.rollouts.enqueue = spoil_first
     trainer = start_trainer(settings)
     wait_for_step(settings, 2)
-    trainer.kill()
-    trainer.wait()
+    kill(trainer)
     assert loop.run(settings)["dead"] == 1
     assert audit.run(settings)["trained"] == 16
 
