@@ -55,7 +55,7 @@ IN_FLIGHT = {
     "keep": weights_pb2.IN_FLIGHT_KEEP,
 }
 """By kind of commit; "none" commits what is current already."""
-SETTLE_S = 1.0
+SETTLE_S, QUICK_SETTLE_S = 1.0, 0.5
 """Around every change, so that its tokens belong to it alone: sequences that go on with new weights wait longest, for
 their caches to be computed again."""
 
@@ -64,8 +64,8 @@ def measure(options: Options) -> Measured:
     torch.set_num_threads(THREADS)
     with scratch() as folder:
         parameters = make_model(folder / "model", quick=options.quick)
-        rounds = options.size(20, 2)
-        figures = _gap_figures(asyncio.run(_watch_gaps(folder, rounds)))
+        rounds, settle_s = options.size(20, 1), QUICK_SETTLE_S if options.quick else SETTLE_S
+        figures = _gap_figures(asyncio.run(_watch_gaps(folder, rounds, settle_s)), settle_s)
         figures += _publish(options, folder)
     setup = {
         "parameters": parameters,
@@ -90,19 +90,19 @@ class _Seen:
     prepares: list[tuple[float, float]] = field(default_factory=list)
 
 
-async def _watch_gaps(folder: Path, rounds: int) -> _Seen:
+async def _watch_gaps(folder: Path, rounds: int, settle_s: float) -> _Seen:
     seen = _Seen(moments={"none": [], "wait": [], "keep": []})
     versions = iter(_write_versions(folder, 2 * rounds))
     with policy_service(folder / "model", folder / "policy.log", threads=THREADS) as policy:
         async with connect(policy.address, service=SERVICE) as channel, connect(policy.address) as control:
             stub, weights = policy_pb2_grpc.PolicyServiceStub(channel), weights_pb2_grpc.WeightsServiceStub(control)
             tasks = [asyncio.create_task(_stream_on(stub, number, seen)) for number in range(STREAMS)]
-            await asyncio.sleep(2 * SETTLE_S)
+            await asyncio.sleep(2 * settle_s)
             for number in range(1, rounds + 1):
                 say(f"  {number}/{rounds} none, wait, keep")
                 for kind in seen.moments:
-                    await _one_moment(kind, weights, versions, seen)
-            await asyncio.sleep(SETTLE_S)
+                    await _one_moment(kind, weights, versions, seen, settle_s)
+            await asyncio.sleep(settle_s)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -114,8 +114,9 @@ async def _one_moment(
     weights: weights_pb2_grpc.WeightsServiceAsyncStub,
     versions: Iterator[tuple[Path, WeightVersion]],
     seen: _Seen,
+    settle_s: float,
 ) -> None:
-    await asyncio.sleep(SETTLE_S)
+    await asyncio.sleep(settle_s)
     version = (await call(weights.Current, weights_pb2.CurrentRequest(), timeout_s=TIMEOUT_S)).current
     if kind != "none":
         folder, new = next(versions)
@@ -125,7 +126,7 @@ async def _one_moment(
             weights.Prepare, weights_pb2.PrepareRequest(version=version, uri=folder.as_uri()), timeout_s=TIMEOUT_S
         )
         seen.prepares.append((began_s, time.perf_counter()))
-        await asyncio.sleep(SETTLE_S)
+        await asyncio.sleep(settle_s)
     commit = weights_pb2.CommitRequest(version=version, in_flight=IN_FLIGHT[kind])
     began_s = time.perf_counter()
     await call(weights.Commit, commit, timeout_s=TIMEOUT_S)
@@ -157,14 +158,14 @@ def _write_versions(folder: Path, count: int) -> list[tuple[Path, WeightVersion]
     return found
 
 
-def _gap_figures(seen: _Seen) -> list[Figure]:
+def _gap_figures(seen: _Seen, settle_s: float) -> list[Figure]:
     changes = [span for spans in seen.moments.values() for span in spans] + seen.prepares
-    quiet = [b - a for a, b in seen.intervals if not any(a < e + SETTLE_S and b > s - 0.1 for s, e in changes)]
+    quiet = [b - a for a, b in seen.intervals if not any(a < e + settle_s and b > s - 0.1 for s, e in changes)]
     step_s = statistics.median(quiet or [b - a for a, b in seen.intervals])
     gaps = {kind: [_longest(seen.intervals, span) / step_s for span in spans] for kind, spans in seen.moments.items()}
     control = statistics.median(gaps["none"])
     wait, keep = ([gap - control for gap in gaps[kind]] for kind in ("wait", "keep"))
-    after = [_typical(seen.intervals, end, end + SETTLE_S) / step_s for _, end in seen.moments["wait"]]
+    after = [_typical(seen.intervals, end, end + settle_s) / step_s for _, end in seen.moments["wait"]]
     preparing = [_longest(seen.intervals, span) / step_s for span in seen.prepares]
     return [
         Figure("decode step, 16 streams", "ms", [1000 * step_s], headline=True),
