@@ -4,8 +4,6 @@ reckon by themselves is right."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +49,6 @@ WANTED = {
         "minority called bad",
     },
 }
-OWN_PROCESSES = ("selection",)
-"""Whoever starts processes that compute does so from one of its own."""
 INTERVALS = {
     "annotators": "none bad: cost with reliability",
     "selection": "BALD, fall-back: labels for random's accuracy",
@@ -138,10 +134,5 @@ def _sentences(folder: Path) -> list[str]:
 
 
 def _run(name: str, out: Path, more: list[str]) -> dict:
-    script, options = FOLDER / f"{name}.py", ["--quick", "--out", str(out), *more]
-    if name in OWN_PROCESSES:
-        done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, timeout=110)
-        assert done.returncode == 0, done.stderr[-3000:]
-    else:
-        run_script(script, *options)
+    run_script(FOLDER / f"{name}.py", "--quick", "--out", str(out), *more)
     return json.loads((out / f"feedback-{name}.json").read_text())
