@@ -41,7 +41,7 @@ from rlhf.queues.registry import Registry
 from rlhf.queues.settings import RedisSettings
 from rlhf.serving.client import call, call_sync, connect, connect_sync, stream
 from rlhf.supervisor.embedded_redis import EmbeddedRedis
-from rlhf.v1 import policy_pb2_grpc, weights_pb2, weights_pb2_grpc
+from rlhf.v1 import policy_pb2, policy_pb2_grpc, weights_pb2, weights_pb2_grpc
 from rlhf.wire.messages import from_version, to_version
 from rlhf.wire.records import WeightVersion
 
@@ -258,12 +258,26 @@ def _busy(replicas: Sequence[Served], folder: Path, options: Options) -> Iterato
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         stop = folder / "enough"
         load = pool.submit(_keep_busy, addresses, stop, options.size(64, 4))
-        time.sleep(2.0)
         try:
+            for replica in replicas:
+                _wait_for_calls(replica)
             yield
         finally:
             stop.touch()
             load.result(TIMEOUT_S)
+
+
+def _wait_for_calls(replica: Served) -> None:
+    """
+    Raises:
+        RuntimeError: none comes.
+    """
+    with connect_sync(replica.address) as channel:
+        stub, until_s = policy_pb2_grpc.PolicyServiceStub(channel), time.monotonic() + TIMEOUT_S
+        while not call_sync(stub.Info, policy_pb2.PolicyInfoRequest(), timeout_s=TIMEOUT_S).running:
+            if time.monotonic() > until_s:
+                raise RuntimeError(f"{replica.address}: no call came within {TIMEOUT_S:g} s")
+            time.sleep(0.05)
 
 
 def _keep_busy(addresses: str, stop: Path, in_flight: int) -> None:
