@@ -90,14 +90,18 @@ def figures(curves: Curves) -> list[Figure]:
     for way, runs in curves.items():
         found += [
             Figure(f"{way}: judge's gain at the end", "", [run[-1].judge_gain for run in runs], headline=True),
-            Figure(f"{way}: fall from its best snapshot", "", [fall(run) for run in runs], headline=True),
+            Figure(f"{way}: deepest fall of the judge's score", "", [fall(run) for run in runs], headline=True),
             Figure(f"{way}: KL at the end", "nats", [run[-1].kl for run in runs]),
         ]
-    plain = [run[-1].judge_gain for run in curves[PLAIN]]
     for way in (*CONSERVATIVE, LOOP):
-        if way in curves:
-            above = [run[-1].judge_gain - other for run, other in zip(curves[way], plain, strict=True)]
-            found.append(Figure(f"{way}: above the mean at the end", "", above, at_least=0.0, headline=True))
+        pairs = list(zip(curves.get(way, ()), curves[PLAIN], strict=way in curves))
+        if pairs:
+            above = [run[-1].judge_gain - plain[-1].judge_gain for run, plain in pairs]
+            spared = [fall(plain) - fall(run) for run, plain in pairs]
+            found += [
+                Figure(f"{way}: above the mean at the end", "", above),
+                Figure(f"{way}: of the mean's deepest fall it is spared", "", spared, at_least=0.0, headline=True),
+            ]
     for number, gains in enumerate(zip(*map(at_rounds, curves[LOOP]), strict=True), start=1):
         name = f"{LOOP}: rise of the judge's score from round {number} to " + (
             f"round {number + 1}" if number < ROUNDS else "the end"
@@ -107,8 +111,9 @@ def figures(curves: Curves) -> list[Figure]:
 
 
 def fall(run: Sequence[Point]) -> float:
-    """How far below its best snapshot the judge sees the last one."""
-    return max(point.judge_gain for point in run) - run[-1].judge_gain
+    """How far the judge's score comes to lie below what it had been before, the initial policy's included."""
+    gains = np.array([0.0, *(point.judge_gain for point in run)])
+    return float((np.maximum.accumulate(gains) - gains).max())
 
 
 def at_rounds(run: Sequence[Point]) -> list[float]:

@@ -25,8 +25,10 @@ def run(*gains: float) -> list[Point]:
     ]
 
 
-def test_a_fall_is_from_the_best_snapshot_to_the_last():
+def test_the_deepest_fall_is_below_the_best_before_it():
     assert fall(run(0.1, 0.4, 0.3, 0.25)) == pytest.approx(0.15)
+    assert fall(run(0.1, 0.4, 0.1, 0.9, 0.7)) == pytest.approx(0.3)
+    assert fall(run(-0.2, 0.2, 0.3)) == pytest.approx(0.2), "the initial policy's gain is 0"
     assert fall(run(0.1, 0.2, 0.3)) == 0
 
 
@@ -41,12 +43,14 @@ def test_figures_name_what_is_wanted_and_compare_runs_of_one_seed():
     found = {figure.name: figure for figure in figures(curves)}
     assert found["worst: above the mean at the end"].values == pytest.approx([0.6, 0.0])
     assert found["three rounds: above the mean at the end"].values == pytest.approx([0.6, -0.6])
-    assert found["mean: fall from its best snapshot"].values == pytest.approx([0.4, 0.0])
+    assert found["mean: deepest fall of the judge's score"].values == pytest.approx([0.4, 0.0])
+    assert found["worst: of the mean's deepest fall it is spared"].values == pytest.approx([0.4, 0.0])
+    assert found["three rounds: of the mean's deepest fall it is spared"].values == pytest.approx([0.4, -0.4])
     assert found["three rounds: rise of the judge's score from round 3 to the end"].values == pytest.approx([0.2, -0.2])
     wanted = {name for name, figure in found.items() if figure.at_least is not None}
     assert wanted == {
-        "worst: above the mean at the end",
-        "three rounds: above the mean at the end",
+        "worst: of the mean's deepest fall it is spared",
+        "three rounds: of the mean's deepest fall it is spared",
         *(f"three rounds: rise of the judge's score from round {n} to round {n + 1}" for n in (1, 2)),
         "three rounds: rise of the judge's score from round 3 to the end",
     }
