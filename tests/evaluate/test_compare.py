@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,11 @@ def test_after_rounds_of_feedback_both_policies_are_scored_by_the_model_in_servi
         assert both[f"first_{name}"] == first[name]
         assert both[f"first_{name}_interval"] == first[f"{name}_interval"]
     assert not [name for name in alone if name.startswith("first_")]
+
+    own = folder / "own-reward-model"
+    shutil.move(chosen.paths.reward_model, own)
+    began = chosen.model_copy(update={"reward": RewardSettings(model=own)})
+    assert evaluated(began)[0] == both, "PPO may have begun with a model of another folder"
 
 
 def test_an_ensemble_s_members_are_taken_together_as_ppo_has_them(folder: Path) -> None:

@@ -166,7 +166,7 @@ VERBS: tuple[Verb, ...] = (
         "compare the policy before and after",
         "evaluate",
         ("sampling", "reward"),
-        ("sampling", "run.model", *_AGGREGATION),
+        ("sampling", "run.model", "reward.model", *_AGGREGATION),
     ),
     Verb("report", "rlhf.evaluate.report", "stage", "HTML page with plots and samples", "evaluate"),
     Verb("status", "rlhf.observe.status", "look", "what a run is doing, and what waits for what", "run", ("redis",)),

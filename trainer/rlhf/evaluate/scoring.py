@@ -89,7 +89,8 @@ def load_first_rewards(settings: Settings) -> Rewards | None:
     its, paths = settings.evaluate, settings.paths
     if its.reward_rule or its.reward_model or _refreshed(paths) is None:
         return None
-    return ModelRewards(paths.reward_model, its.device, its.dtype, aggregation_of(settings.reward))
+    folder = settings.reward.model or paths.reward_model
+    return ModelRewards(folder, its.device, its.dtype, aggregation_of(settings.reward))
 
 
 def _refreshed(paths: RunPaths) -> Path | None:
