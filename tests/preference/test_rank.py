@@ -149,6 +149,11 @@ def test_gold_and_repeats_tell_the_careless_from_the_dissenting(tmp_path: Path) 
     assert verdicts == dict(zip(verdicts, ("honest", "honest", "dissenting", "random", "adversarial"), strict=True))
 
 
+def test_there_is_no_gold_for_a_taste_to_which_all_is_alike(tmp_path: Path) -> None:
+    given = {"kinds": ("honest", "honest", "minority"), "minority_utility": f"{RULES}:all_alike", "gold_share": 0.2}
+    assert "gold_judgments" not in run(settings(tmp_path, prompts=20, **given))
+
+
 def test_gold_and_repeats_change_nothing_else(tmp_path: Path) -> None:
     plain, checked = settings(tmp_path / "a"), settings(tmp_path / "b", gold_share=0.1, repeat_share=0.1)
     run(plain)

@@ -197,9 +197,9 @@ def _easiest_pairs(
     utilities: Sequence[Utilities], minority: Sequence[Utilities] | None
 ) -> list[tuple[int, tuple[int, int], list[int]]]:
     """Of each prompt the two completions that lie farthest apart for whoever sees them closest, and their right ranks;
-    widest first. Prompts are left out where the tastes order every pair in opposite ways."""
+    widest first. Prompts are left out where the tastes order every pair in opposite ways, or one of them none."""
     tastes = [taste for taste in (utilities, minority) if taste is not None]
-    scales = [float(np.mean(pair_differences(taste))) for taste in tastes]
+    scales = [float(np.mean(apart)) if len(apart := pair_differences(taste)) else 1.0 for taste in tastes]
     found = []
     for place, own in enumerate(zip(*tastes, strict=True)):
         orders = permutations(range(len(own[0])), 2)
