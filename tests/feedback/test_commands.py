@@ -184,15 +184,26 @@ def test_who_is_withdrawn_on_the_page_is_in_no_snapshot_export_or_reward_model(
         assert main(["reward-model", "--run", "r", "--comparisons", source, *about]) == 0
         assert facts(run / "reward-model")["snapshot_sha256"] == left.sha256
 
+    before = (run / "feedback" / "judgments.jsonl").read_bytes()
     capsys.readouterr()
+    assert feedback("stats") == 0
+    assert "annotators            ann 12, bob 12\n" in capsys.readouterr().out
+    assert (run / "feedback" / "judgments.jsonl").read_bytes() == before, "it only reads"
     assert feedback("export", "--out", "out.jsonl") == 0
     assert "left out 12 judgments of mallory, withdrawn on the annotation page" in capsys.readouterr().out
     assert tuple(read_judgments(Path("out.jsonl"))) == left.judgments
     assert read_snapshot(run / "feedback").sha256 == left.sha256
     assert feedback("import", "--source", "j.jsonl") == 0
     assert read_snapshot(run / "feedback").sha256 == left.sha256
-    assert feedback("stats") == 0
-    assert "mallory 12" not in capsys.readouterr().out
+
+
+def test_who_is_withdrawn_from_the_snapshot_is_trained_on_from_no_other_file(run: Path) -> None:
+    tiny_lm_folder(Path("start"))
+    feedback("import", "--source", "j.jsonl")
+    assert feedback("withdraw", "--annotator", "mallory") == 0
+    about = ["--comparisons", "j.jsonl", "--set", "reward_model.init_from=start"]
+    assert main(["reward-model", "--run", "r", *about]) == 0
+    assert facts(run / "reward-model")["snapshot_sha256"] == read_snapshot(run / "feedback").sha256
 
 
 def test_withdrawing_reaches_the_page(run: Path, page: Store, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from rlhf.feedback.exchange import dataset_of, export_judgments, import_judgment
 from rlhf.feedback.formats.form import Options
 from rlhf.feedback.judgments import Judgment
 from rlhf.feedback.snapshots import Snapshot, is_snapshot, joined, load_snapshot, snapshot_of, withdraw, write_snapshot
-from rlhf.feedback.withdrawn import withdraw_there, withdrawn
+from rlhf.feedback.withdrawn import snapshot_folder, withdraw_there, withdrawn
 from rlhf.settings.loader import with_overrides
 from rlhf.settings.run import Settings
 
@@ -58,7 +58,7 @@ def stats(settings: Settings) -> None:
     Raises:
         DataError: there is no snapshot.
     """
-    snapshot = _read(settings)
+    snapshot = _without_withdrawn(settings, _found(settings))
     print(_described(snapshot_folder(settings), snapshot))
     for name, value in figures(snapshot.judgments).items():
         print(f"{name:<22}{_shown(value)}")
@@ -97,10 +97,6 @@ def withdraw_(settings: Settings) -> None:
         print(f"train the reward model again: rlhf reward-model --run {settings.run.name} --comparisons {folder}")
 
 
-def snapshot_folder(settings: Settings) -> Path:
-    return settings.feedback.snapshot or settings.paths.feedback
-
-
 def options_of(settings: Settings) -> Options:
     section = settings.feedback
     return Options(section.dataset, section.prompt_key, section.chosen_key, section.rejected_key, section.tokenizer)
@@ -123,12 +119,17 @@ def figures(judgments: Sequence[Judgment]) -> dict[str, Any]:
 
 
 def _read(settings: Settings) -> Snapshot:
+    """Once it has lost the rows of who has withdrawn on the page since it was written."""
+    found = _found(settings)
+    if (left := _without_withdrawn(settings, found)) != found:
+        write_snapshot(snapshot_folder(settings), left)
+    return left
+
+
+def _found(settings: Settings) -> Snapshot:
     folder = snapshot_folder(settings)
     if is_snapshot(folder):
-        found = load_snapshot(folder)
-        if (left := _without_withdrawn(settings, found)) != found:
-            write_snapshot(folder, left)
-        return left
+        return load_snapshot(folder)
     if settings.feedback.snapshot is None and settings.paths.comparisons.exists():
         raise DataError(
             f"there is no snapshot yet; rlhf feedback import --run {settings.run.name} "

@@ -94,6 +94,11 @@ def read_snapshot(folder: Path) -> Snapshot:
     return snapshot
 
 
+def withdrawn_from(folder: Path) -> frozenset[str]:
+    """Whose rows are out and stay out; nobody's where there is no snapshot."""
+    return frozenset(read_json(folder / FACTS)["withdrawn"] if is_snapshot(folder) else ())
+
+
 def is_snapshot(folder: str | Path) -> bool:
     return (Path(folder) / FACTS).is_file()
 

@@ -1,7 +1,7 @@
-"""Who has withdrawn on the run's annotation page.
+"""Who has withdrawn, on the run's annotation page or from its snapshot, which alone knows people from elsewhere.
 
-It is asked wherever judgments are used, so that no row of theirs that was exported, imported or judged before is used
-again.
+Both are asked wherever judgments are used, so that no row of theirs that was exported, imported or judged before is
+used again.
 """
 
 from __future__ import annotations
@@ -9,21 +9,28 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from rlhf.feedback.judgments import Judgment
+from rlhf.feedback.snapshots import withdrawn_from
 from rlhf.settings.run import Settings
 
 _log = logging.getLogger(__name__)
 
 
 def withdrawn(settings: Settings) -> frozenset[str]:
-    """Pseudonyms; none where the run has no page.
+    """Names that judgments are signed with.
 
     Raises:
-        SettingsError, StorageError, Unavailable: there is one, and its database cannot be had.
+        SettingsError, StorageError, Unavailable: there is a page, and its database cannot be had.
     """
-    return frozenset(_page().withdrawn_on_page(settings)) if _has_page(settings) else frozenset()
+    from_snapshot = withdrawn_from(snapshot_folder(settings))
+    return from_snapshot | _page().withdrawn_on_page(settings) if _has_page(settings) else from_snapshot
+
+
+def snapshot_folder(settings: Settings) -> Path:
+    return settings.feedback.snapshot or settings.paths.feedback
 
 
 def withdraw_there(settings: Settings, annotator: str) -> bool:
@@ -45,7 +52,7 @@ def without_withdrawn(settings: Settings, judgments: Iterable[Judgment]) -> list
     out, found = withdrawn(settings), list(judgments)
     kept = [judgment for judgment in found if judgment.annotator not in out]
     if len(kept) < len(found):
-        _log.info("left out %d judgments of who has withdrawn on the page", len(found) - len(kept))
+        _log.info("left out %d judgments of who has withdrawn", len(found) - len(kept))
     return kept
 
 
