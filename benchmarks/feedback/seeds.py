@@ -1,4 +1,4 @@
-"""Seeds side by side: each in a process of one thread, as many at once as there are cores."""
+"""Seeds side by side: each in a process of one thread, two at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ THREADS = {f"each of {PROCESSES} processes": 1}
 
 
 def by_seed(one: Callable[[int], T], seeds: int, options: Options) -> list[T]:
-    """Tried only, in this process.
+    """What `one` finds of each seed, in their order; where the script is only tried, in this process.
 
     Args:
         one: what is done for a seed; it can be pickled, and prints nothing.

@@ -33,7 +33,8 @@ finally:
 def result(tmp_path_factory):
     """From where the packages of the services are not installed."""
     out = tmp_path_factory.mktemp("kernels")
-    before = sorted((ROOT / "benchmarks" / "results").iterdir())
+    results = ROOT / "benchmarks" / "results"
+    before = {path: path.read_bytes() for path in results.iterdir()}
     done = subprocess.run(
         [sys.executable, "-c", BARE, "--out", str(out)],
         cwd=ROOT,
@@ -44,7 +45,7 @@ def result(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "[]", "the kernels' benchmark needs the kernels alone"
-    assert sorted((ROOT / "benchmarks" / "results").iterdir()) == before
+    assert {path: path.read_bytes() for path in results.iterdir()} == before
     return json.loads((out / "kernels-gpu.json").read_text()) | {"folder": out}
 
 

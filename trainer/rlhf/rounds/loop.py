@@ -44,7 +44,7 @@ def run(settings: Settings) -> None:
 
     Raises:
         SettingsError, ModelError: there are no rounds to make, or no reward model to refresh.
-        StageFailed: there is no trainer to wait for.
+        StageFailed: there is no trainer to wait for, or it makes no step.
         RlhfError: what a round raises.
     """
     if not settings.feedback.rounds:
