@@ -145,6 +145,8 @@ def test_after_rounds_of_feedback_both_policies_are_scored_by_the_model_in_servi
     shutil.move(chosen.paths.reward_model, own)
     began = chosen.model_copy(update={"reward": RewardSettings(model=own)})
     assert evaluated(began)[0] == both, "PPO may have begun with a model of another folder"
+    chosen.paths.reward_in_service.unlink()
+    assert evaluated(began)[0] == first, "and without rounds gone on with it"
 
 
 def test_an_ensemble_s_members_are_taken_together_as_ppo_has_them(folder: Path) -> None:

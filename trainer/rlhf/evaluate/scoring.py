@@ -76,7 +76,7 @@ def load_rewards(settings: Settings) -> tuple[Rewards, str]:
     its, paths = settings.evaluate, settings.paths
     if its.reward_rule:
         return RuleRewards(load_rule(its.reward_rule)), its.reward_rule
-    folder = its.reward_model or _refreshed(paths) or paths.reward_model
+    folder = its.reward_model or _refreshed(paths) or _first(settings)
     return ModelRewards(folder, its.device, its.dtype, aggregation_of(settings.reward)), str(folder)
 
 
@@ -89,8 +89,11 @@ def load_first_rewards(settings: Settings) -> Rewards | None:
     its, paths = settings.evaluate, settings.paths
     if its.reward_rule or its.reward_model or _refreshed(paths) is None:
         return None
-    folder = settings.reward.model or paths.reward_model
-    return ModelRewards(folder, its.device, its.dtype, aggregation_of(settings.reward))
+    return ModelRewards(_first(settings), its.device, its.dtype, aggregation_of(settings.reward))
+
+
+def _first(settings: Settings) -> Path:
+    return settings.reward.model or settings.paths.reward_model
 
 
 def _refreshed(paths: RunPaths) -> Path | None:
