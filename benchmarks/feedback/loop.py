@@ -40,7 +40,7 @@ from rlhf.supervisor.group import child_environment
 
 MODELS_RUN = "bench-loop-models"
 RANKED, MEMBERS = 250, 4
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 STEPS, SNAPSHOT_EVERY, LR, KL_COEF = 42, 6, 2e-4, 0.05
 ROUNDS, JUDGED = 3, 200
 """Rounds, and prompts ranked in each."""
