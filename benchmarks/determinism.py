@@ -33,7 +33,7 @@ def measure(options: Options) -> Measured:
         return metrics[1:], tuple(history.read(step).weights_after for step in history.steps())
 
     runs = interleaved(
-        {"as it is": lambda: one_run(plain), "deterministic": lambda: one_run(fixed)}, options.size(5, 2)
+        {"as it is": lambda: one_run(plain), "deterministic": lambda: one_run(fixed)}, options.size(3, 2)
     )
     expect_equal("weights", **{str(number): weights for number, (_, weights) in enumerate(runs["deterministic"])})
     seconds = {way: [_step_s(metrics) for metrics, _ in found] for way, found in runs.items()}

@@ -15,8 +15,7 @@ class EvaluateSettings(Compute):
     after: Path | None = None
     """Folder of the improved policy. None: the run's policy/."""
     reward_model: Path | None = None
-    """Folder of the reward model. None, and no rule: the one that PPO had: `reward.model`, or the run's reward-model/,
-    or the one that rounds of feedback have put into service last."""
+    """Folder of the reward model. None, and no rule: the one that PPO had, the last after rounds of feedback."""
     reward_rule: str = ""
     """A rule instead of a reward model, as `module:function`."""
     prompts: Path | None = None
