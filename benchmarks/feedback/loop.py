@@ -4,9 +4,10 @@ The demo's world, whose judge is a classifier that neither policy nor reward mod
 begin with: a policy, and a reward model of few rankings, whose members are models of their own. From there PPO goes as
 far as the reward leads it, with a KL coefficient a third of the demo's:
 
-    mean, worst, mean-variance    of the members, which stay as they are
-    three rounds                  the mean, of members that are trained again after 1, 3 and 5 sevenths of the steps, on
-                                  judgments of the newest policy's completions too (`feedback.rounds`)
+    mean, worst          of the members, which stay as they are
+    mean-variance 2, 8   their mean less so many times their variance
+    three rounds         the mean, of members that are trained again after 1, 3 and 5 sevenths of the steps, on
+                         judgments of the newest policy's completions too (`feedback.rounds`)
 
 Snapshots along a run are measured on held-out prompts; gains are over the initial policy, paired by prompt. Runs of one
 seed have the same prompts and random numbers. A finished run is not repeated. The curves are drawn into
@@ -44,15 +45,20 @@ SEEDS = (0, 1)
 STEPS, SNAPSHOT_EVERY, LR, KL_COEF = 42, 6, 2e-4, 0.05
 ROUNDS, JUDGED = 3, 200
 """Rounds, and prompts ranked in each."""
-VARIANCE_LAMBDA = 2.0
-PLAIN, LOOP, CONSERVATIVE = "mean", "three rounds", ("worst", "mean-variance")
+PLAIN, LOOP, CONSERVATIVE = "mean", "three rounds", ("worst", "mean-variance 2", "mean-variance 8")
 WAYS: Mapping[str, Mapping[str, Any]] = {
     PLAIN: {},
     "worst": {"reward.aggregation": "worst"},
-    "mean-variance": {"reward.aggregation": "mean-variance", "reward.variance_lambda": VARIANCE_LAMBDA},
+    **{f"mean-variance {n}": {"reward.aggregation": "mean-variance", "reward.variance_lambda": n} for n in (2, 8)},
     LOOP: {"feedback.rounds": ROUNDS, "feedback.prompts": JUDGED, "feedback.audit_pairs": 0},
 }
-COLOURS = {PLAIN: "#b42318", "worst": "#175cd3", "mean-variance": "#7a5af8", LOOP: "#067647"}
+COLOURS = {
+    PLAIN: "#b42318",
+    "worst": "#175cd3",
+    "mean-variance 2": "#7a5af8",
+    "mean-variance 8": "#dc6803",
+    LOOP: "#067647",
+}
 TIMEOUT_S = 1800.0
 
 Curves = Mapping[str, Sequence[Sequence[Point]]]
@@ -74,7 +80,6 @@ def measure(options: Options) -> Measured:
         "kl.coef": KL_COEF,
         "lr": LR,
         "rankings of a round": options.size(JUDGED, 8),
-        "lambda": VARIANCE_LAMBDA,
         "seeds": len(seeds),
     }
     checks = {
