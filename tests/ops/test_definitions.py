@@ -119,7 +119,8 @@ def test_the_definition_of_kl_does_not_drown_in_rounding():
     labels = torch.zeros(8, dtype=torch.int64)
     found = definitions.logprobs_kl_from_logits(logits, ref_logits, labels).kl
     truth = definitions.logprobs_kl_from_logits(logits.double(), ref_logits.double(), labels).kl
-    assert ((found - truth) / truth).abs().max() < 0.05
+    # Up to 0.06, as the processor rounds; with log Σ exp left in, 0.9 on the same one.
+    assert ((found - truth) / truth).abs().max() < 0.15
 
 
 def test_wrong_shapes_and_temperatures_are_named():
