@@ -42,7 +42,7 @@ from rlhf.supervisor.group import child_environment
 MODELS_RUN = "bench-loop-models"
 RANKED, MEMBERS = 250, 4
 SEEDS = (0, 1)
-STEPS, SNAPSHOT_EVERY, LR, KL_COEF = 42, 6, 2e-4, 0.05
+STEPS, LR, KL_COEF = 42, 2e-4, 0.05
 ROUNDS, JUDGED = 3, 200
 """Rounds, and prompts ranked in each."""
 PLAIN, LOOP, CONSERVATIVE = "mean", "three rounds", ("worst", "mean-variance 2", "mean-variance 8")
